@@ -1,0 +1,213 @@
+"""Every object that crosses a process or folder boundary, as frozen msgspec structs of plain data.
+
+API process -> engine: `GenerateRequest`, `AbortRequest`, `FlushCache`, `Shutdown`.
+engine -> API process: `EngineReady`, `TokenOutputs`, `EngineStats`, `CacheFlushed`.
+scheduler -> runner: `ScheduledBatch`; runner -> scheduler: `StepOutput`. Both hold ints only, so that a batch can be sent to
+the other ranks of a replica as it is.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the tokens of one request are chosen. Every field is final: the server has already applied defaults.
+
+    temperature         0 is greedy
+    top_k               -1 keeps all
+    logprobs            None: none. n >= 0: logprob of the chosen token and of the n likeliest, before temperature
+    seed                None: drawn by the server, so that a request's tokens never depend on its neighbours
+    stop                strings; matched on text by the detokenizer, carried here for `baleen.LLM`
+    stop_token_ids      besides the model's eos ids; `ignore_eos` turns both off
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    @property
+    def needs_history(self) -> bool:
+        """True if sampling depends on the tokens seen so far."""
+        return self.frequency_penalty != 0.0 or self.presence_penalty != 0.0 or self.repetition_penalty != 1.0
+
+
+def pack_ids(ids: list[int]) -> bytes:
+    """Token ids as int32 bytes: msgpack of a list of 131,072 ints takes 26 ms, of these bytes nothing."""
+    return array("i", ids).tobytes()
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    """The inverse of `pack_ids`."""
+    ids = array("i")
+    ids.frombytes(data)
+    return ids.tolist()
+
+
+# ---- API process -> engine ---------------------------------------------------------------------------------------------
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One sequence to continue. `input_ids` is `pack_ids` of at least one token; the server has checked the length."""
+
+    rid: str
+    input_ids: bytes
+    sampling: SamplingParams
+
+
+class AbortRequest(msgspec.Struct, frozen=True, tag=True):
+    """Stop `rid` and free its pages at once; unknown ids are ignored. No output follows for it."""
+
+    rid: str
+
+
+class FlushCache(msgspec.Struct, frozen=True, tag=True):
+    """Empty the prefix cache; answered by `CacheFlushed`. Refused while requests run."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """End the engine process after the step that runs."""
+
+
+EngineInput = GenerateRequest | AbortRequest | FlushCache | Shutdown
+
+
+# ---- engine -> API process ---------------------------------------------------------------------------------------------
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Log-probabilities of one sampled token; `top` is (token id, logprob), likeliest first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step added to one request. Totals count the tokens up to and including this output.
+
+    token_ids      new ids; includes the stopping eos
+    matched        the eos or stop id that ended the request
+    message        with finish_reason "error": what went wrong, for the user
+    """
+
+    rid: str
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    matched: int | None = None
+    message: str = ""
+
+
+class TokenOutputs(msgspec.Struct, frozen=True, tag=True):
+    """All outputs of one engine step, in one message."""
+
+    outputs: tuple[TokenOutput, ...]
+
+
+class EngineReady(msgspec.Struct, frozen=True, tag=True):
+    """The model is loaded. `num_pages` is the size of the KV pool without the padding page."""
+
+    num_pages: int
+    page_size: int
+    load_seconds: float
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Counters for /metrics and /server_info; gauges are of now, `*_total` since start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_pages: int = 0
+    num_free_pages: int = 0
+    num_cached_pages: int = 0
+    num_steps_total: int = 0
+    num_prompt_tokens_total: int = 0
+    num_cached_tokens_total: int = 0
+    num_generated_tokens_total: int = 0
+    num_retractions_total: int = 0
+    num_aborted_total: int = 0
+
+
+class CacheFlushed(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `FlushCache`. `message` says why not when `ok` is false."""
+
+    ok: bool
+    message: str = ""
+
+
+EngineOutput = EngineReady | TokenOutputs | EngineStats | CacheFlushed
+
+
+# ---- scheduler <-> runner ----------------------------------------------------------------------------------------------
+
+
+class OpenSlot(msgspec.Struct, frozen=True, kw_only=True):
+    """A request enters a runner slot (first time, or again after a retraction): forget what the slot held.
+
+    pages        page ids of the cached prefix, in order; `ScheduledRow.new_pages` continue them
+    num_prompt   prompt length in tokens; later ids are output (the penalties tell them apart)
+    history      all ids known so far, if `sampling.needs_history`, else empty
+    """
+
+    sampling: SamplingParams
+    pages: tuple[int, ...]
+    num_prompt: int
+    history: tuple[int, ...] = ()
+
+
+class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens of one request in one step.
+
+    slot         the request's index in the runner's state, 0 <= slot < max_running_requests
+    start        position of the first token computed
+    token_ids    the tokens computed; empty: one token, the last one sampled in this slot (it may still be on the device)
+    new_pages    page ids appended to the slot's page table before the step, so that every position computed has a page
+    sample       sample from the last token's logits
+    """
+
+    slot: int
+    start: int
+    token_ids: tuple[int, ...] = ()
+    new_pages: tuple[int, ...] = ()
+    sample: bool = True
+    open: OpenSlot | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) or 1
+
+
+class ScheduledBatch(msgspec.Struct, frozen=True):
+    """One forward: decode rows (one token each) first, then prefill chunks. Never empty."""
+
+    step: int
+    rows: tuple[ScheduledRow, ...]
+
+
+class StepOutput(msgspec.Struct, frozen=True):
+    """`token_ids` and `logprobs` have one entry for each row with `sample`, in row order; a row that asked for no logprobs has None.
+
+    A token id of -1 says that the row's logits held NaN or infinity; the request ends with an error, the others go on.
+    """
+
+    step: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
