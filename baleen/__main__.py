@@ -1,0 +1,152 @@
+"""`baleen serve | chat | eval | bench | route`. What a user can fix is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+
+from baleen import __version__, flags
+from baleen.config import SECTIONS, ConfigError
+
+USAGE = """usage: baleen COMMAND [--help]
+
+  serve    serve a checkpoint over HTTP (OpenAI API); --dry-run shows what would run and why
+  chat     talk to a running server in the terminal
+  eval     measure answers of a running server (not built yet)
+  bench    measure speed of a running server (not built yet)
+  route    send requests to prefill and decode servers (not built yet)
+"""
+
+
+def main(*prefix: str) -> int:
+    """Run this process's command line, with `prefix` before it."""
+    argv, environ = flags.process_arguments()
+    return command([*prefix, *argv], environ)
+
+
+def command(argv: list[str], environ: Mapping[str, str]) -> int:
+    """Run one command; returns the exit code."""
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "serve": lambda rest: serve(rest, environ),
+        "chat": chat,
+        "eval": evaluate,
+        "bench": bench,
+        "route": route,
+    }
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"baleen {__version__}")
+        return 0
+    try:
+        if argv[0] not in commands:
+            raise ConfigError(argv[0], "unknown command", f"use one of {', '.join(commands)}")
+        return commands[argv[0]](argv[1:])
+    except ConfigError as error:
+        _complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _complain(line: str) -> None:
+    print("baleen: error:", " ".join(line.split()), file=sys.stderr)
+
+
+def serve(argv: list[str], environ: Mapping[str, str]) -> int:
+    """Resolve, explain, serve. 2 if anything that was asked for cannot be done."""
+    resolution = flags.resolve(argv, environ)
+    if resolution.dry_run:
+        print(describe(resolution))
+        return 2 if resolution.refusals else 0
+    for line in resolution.warnings:
+        print(f"baleen: warning: {line}", file=sys.stderr)
+    for line in resolution.refusals:
+        _complain(line)
+    if resolution.refusals:
+        return 2
+    for key, reason in resolution.reasons.items():
+        print(f"baleen: {key} = {_setting(resolution, key)}: {reason}", file=sys.stderr)
+    from baleen import launch
+
+    return launch.serve(resolution.config)
+
+
+def describe(resolution: flags.Resolution) -> str:
+    """The dry run: every setting with the reason of each automatic choice, the memory plan, warnings, refusals."""
+    config = resolution.config
+    lines = [f"checkpoint: {config.model_path or config.load.model_path + ' (not on this machine)'}"]
+    for name, section in SECTIONS.items():
+        lines += ["", f"{name}: {section.__doc__}"]
+        for field in dataclasses.fields(section):
+            key = f"{name}.{field.name}"
+            reason = f"  # {resolution.reasons[key]}" if key in resolution.reasons else ""
+            lines.append(f"  {field.name:<28}{_setting(resolution, key):<20}{reason}".rstrip())
+    lines += ["", "memory plan:", resolution.plan.table()]
+    for title, items in (("warnings", resolution.warnings), ("refused", resolution.refusals)):
+        if items:
+            lines += ["", f"{title}:", *(f"  {item}" for item in items)]
+    return "\n".join(lines)
+
+
+def _setting(resolution: flags.Resolution, key: str) -> str:
+    section, name = key.split(".")
+    value = getattr(getattr(resolution.config, section), name)
+    declared = {field.name: field for field in dataclasses.fields(SECTIONS[section])}[name]
+    return "(given)" if value is not None and declared.metadata["secret"] else str(value)
+
+
+def chat(argv: list[str]) -> int:
+    parser = flags.Parser(prog="baleen chat", description="Talk to a running server.")
+    parser.add_argument("--url", default="http://127.0.0.1:30000", help="the server")
+    parser.add_argument("--model", help="model name; default: the one served")
+    parser.add_argument("--system", help="system message")
+    parser.add_argument("--thinking", action="store_true", help="let the model reason before it answers")
+    parser.add_argument("--max-tokens", type=int, help="longest reply")
+    parser.add_argument("--temperature", type=float, help="0 is greedy")
+    given = parser.parse(argv)
+    if given.max_tokens is not None and given.max_tokens < 1:
+        raise ConfigError("--max-tokens", f"{given.max_tokens} is too small", "write at least 1")
+    if given.temperature is not None and not given.temperature >= 0:
+        raise ConfigError("--temperature", f"{given.temperature} is negative", "write at least 0")
+    from baleen import chat_client
+
+    return chat_client.main(**vars(given))
+
+
+def evaluate(argv: list[str]) -> int:
+    parser = flags.Parser(prog="baleen eval", description="Measure answers of a running server.")
+    parser.add_argument("task", choices=("gsm8k", "gpqa", "aime25"))
+    for name in ("--num-shots", "--num-questions", "--num-examples", "--parallel", "--repeat", "--max-tokens"):
+        parser.add_argument(name, type=int)
+    for name in ("--top-p", "--temperature"):
+        parser.add_argument(name, type=float)
+    parser.add_argument("--thinking-mode", choices=("deepseek-v3",))
+    given = parser.parse(argv)
+    fix = "any evaluation client of the OpenAI API (lm-eval, sglang.test.run_eval) can be pointed at the server"
+    raise ConfigError(f"baleen eval {given.task}", "needs the evaluation clients, not built yet", fix)
+
+
+def bench(argv: list[str]) -> int:
+    parser = flags.Parser(prog="baleen bench", description="Measure speed of a running server.")
+    parser.add_argument("what", choices=("serve", "batch", "speculative"))
+    given = parser.parse(argv)
+    fix = "any load generator for the OpenAI API can be pointed at the server"
+    raise ConfigError(f"baleen bench {given.what}", "needs the benchmark clients, not built yet", fix)
+
+
+def route(argv: list[str]) -> int:
+    parser = flags.Parser(prog="baleen route", description="Send requests to prefill and decode servers.")
+    parser.add_argument("--pd-disaggregation", action="store_true", help="two kinds of servers")
+    parser.add_argument("--prefill", nargs="+", action="append", metavar="URL [PORT]", help="server and bootstrap port")
+    parser.add_argument("--decode", action="append", metavar="URL", help="server")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=30000, help="port to listen on")
+    parser.parse(argv)
+    raise ConfigError("baleen route", "needs prefill/decode disaggregation, not built yet", "use baleen serve")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""The paged KV pool: every byte layout of the cache, in one place.
+
+Two buffers a layer share one slot numbering, slot = page * 64 + offset; page 0 takes the writes of padding and is never read.
+
+latent, per slot      float32 / bfloat16: [latent 512 | k_pe 64]
+                      fp8_e4m3, 656 bytes: 512 e4m3 latents | 4 float32 scales (one per 128 latents) | 64 bfloat16 k_pe
+index keys, per page  float32: 64 x 128
+                      fp8_e4m3, 8448 bytes: 64 keys of 128 e4m3 | 64 float32 scales, all keys before all scales
+
+The latent is stored after its norm, k_pe after its rope, the index key after norm and rope, and in fp8 after the Hadamard transform.
+Layouts: FlashMLA's and DeepGEMM's documentation of their paged caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from baleen.attention.batch import PAGE_SIZE
+from baleen.config import ModelConfig
+from baleen.kernels.hadamard import hadamard
+from baleen.kernels.kv_store import gather_index_fp8, gather_latent_fp8, store_index_fp8, store_latent_fp8, store_rows
+
+QUANT_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class PackedLatent:
+    """Views into the 656-byte rows: values [N, 512] e4m3, scales [N, 4] float32, rope [N, 64] bfloat16."""
+
+    values: Tensor
+    scales: Tensor
+    rope: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, latent_dim: int) -> PackedLatent:
+        """Views of uint8 rows [N, 656]."""
+        scales_end = latent_dim + latent_dim // QUANT_BLOCK * 4
+        return cls(
+            rows[:, :latent_dim].view(torch.float8_e4m3fn),
+            rows[:, latent_dim:scales_end].view(torch.float32),
+            rows[:, scales_end:].view(torch.bfloat16),
+        )
+
+
+@dataclass(frozen=True)
+class PackedIndex:
+    """Views into the 8448-byte pages: keys [P, 64, 128] e4m3, scales [P, 64] float32."""
+
+    keys: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, pages: Tensor, key_dim: int) -> PackedIndex:
+        """Views of uint8 pages [P, 64 * key_dim + 64 * 4]."""
+        keys_end = PAGE_SIZE * key_dim
+        return cls(
+            pages[:, :keys_end].view(torch.float8_e4m3fn).unflatten(1, (PAGE_SIZE, key_dim)),
+            pages[:, keys_end:].view(torch.float32),
+        )
+
+
+class KVPool:
+    """The cache of all layers. `num_pages` counts usable pages; page 0 is added to them.
+
+    latent[layer]  Tensor [slots, 576] or PackedLatent;  index[layer]  Tensor [pages, 64, 128] or PackedIndex
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        num_pages: int,
+        kv_cache_dtype: str,
+        index_cache_dtype: str,
+        device: torch.device,
+        num_layers: int | None = None,
+    ) -> None:
+        self.latent_dim = model.kv_lora_rank
+        self.rope_dim = model.qk_rope_head_dim
+        self.key_dim = model.index_head_dim
+        layers = model.num_hidden_layers if num_layers is None else num_layers
+        pages = num_pages + 1
+        self.latent: list[Tensor | PackedLatent] = []
+        self.index: list[Tensor | PackedIndex] = []
+        for _ in range(layers):
+            self.latent.append(self._latent_buffer(pages * PAGE_SIZE, kv_cache_dtype, device))
+            self.index.append(self._index_buffer(pages, index_cache_dtype, device))
+
+    def _latent_buffer(self, slots: int, dtype: str, device: torch.device) -> Tensor | PackedLatent:
+        if dtype == "fp8_e4m3":
+            if self.latent_dim % QUANT_BLOCK:
+                raise ValueError(
+                    f"--kv-cache-dtype fp8_e4m3 needs kv_lora_rank to be a multiple of {QUANT_BLOCK}, not {self.latent_dim}"
+                )
+            width = self.latent_dim + self.latent_dim // QUANT_BLOCK * 4 + self.rope_dim * 2
+            return PackedLatent.of(torch.zeros(slots, width, dtype=torch.uint8, device=device), self.latent_dim)
+        return torch.zeros(slots, self.latent_dim + self.rope_dim, dtype=getattr(torch, dtype), device=device)
+
+    def _index_buffer(self, pages: int, dtype: str, device: torch.device) -> Tensor | PackedIndex:
+        if dtype == "fp8_e4m3":
+            size = PAGE_SIZE * self.key_dim + PAGE_SIZE * 4
+            return PackedIndex.of(torch.zeros(pages, size, dtype=torch.uint8, device=device), self.key_dim)
+        return torch.zeros(pages, PAGE_SIZE, self.key_dim, dtype=getattr(torch, dtype), device=device)
+
+    def store(self, layer: int, slots: Tensor, latent: Tensor, k_pe: Tensor, index_k: Tensor) -> None:
+        """Write T tokens. slots [T] int64; latent [T, 512], k_pe [T, 64], index_k [T, 128] float."""
+        rows = self.latent[layer]
+        if isinstance(rows, PackedLatent):
+            store_latent_fp8(rows.values, rows.scales, rows.rope, slots, latent, k_pe)
+        else:
+            store_rows(rows[:, : self.latent_dim], slots, latent)
+            store_rows(rows[:, self.latent_dim :], slots, k_pe)
+        keys = self.index[layer]
+        if isinstance(keys, PackedIndex):
+            store_index_fp8(keys.keys, keys.scales, slots, hadamard(index_k))
+        else:
+            store_rows(keys.view(-1, self.key_dim), slots, index_k)
+
+    def read_latent(self, layer: int, slots: Tensor) -> Tensor:
+        """Rows of `slots` [N] int64 -> [N, 576] in the pool's float type, float32 from fp8."""
+        rows = self.latent[layer]
+        if isinstance(rows, PackedLatent):
+            return gather_latent_fp8(rows.values, rows.scales, rows.rope, slots)
+        return rows[slots]
+
+    def read_index(self, layer: int, page_table: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Index keys of G requests. page_table [G, P] int64 -> keys [G, P*64, 128], scales [G, P*64] float32 or None."""
+        keys = self.index[layer]
+        num_requests = page_table.shape[0]
+        if isinstance(keys, PackedIndex):
+            return gather_index_fp8(keys.keys, keys.scales, page_table)
+        if num_requests == 1 and _is_run(page_table[0]):
+            first = int(page_table[0, 0])
+            return keys[first : first + page_table.shape[1]].view(1, -1, self.key_dim), None
+        return keys[page_table].view(num_requests, -1, self.key_dim), None
+
+
+def _is_run(pages: Tensor) -> bool:
+    """True if the pages follow one another, so that a view can stand for the gathered copy."""
+    return bool((pages.diff() == 1).all())

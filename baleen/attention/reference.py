@@ -1,0 +1,72 @@
+"""Attention in torch, on any device: the definition of the fast backends and the CPU path.
+
+Two forms of the same sum. Absorbed: the query is taken into the latent space (512 + 64) and attends to the selected rows alone, at a
+cost that does not grow with the context. Multi-head under the selection mask: keys and values of all tokens are expanded from the latents
+(192 and 128 a head), cheaper per pair and without a gather, so the better form for a prefill chunk over a short context.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from baleen.attention.batch import PAGE_SIZE, Group
+from baleen.attention.kv_pool import KVPool, PackedLatent
+from baleen.attention.selection import selection_mask, visible_positions
+from baleen.kernels.dense_mla import dense_mla
+from baleen.kernels.sparse_mla import sparse_mla, sparse_mla_fp8
+
+
+class ReferenceAttention:
+    """See `backend.Attention`."""
+
+    def __init__(self, pool: KVPool, softmax_scale: float, dense_prefill_threshold: int) -> None:
+        self.pool = pool
+        self.softmax_scale = softmax_scale
+        self.dense_prefill_threshold = dense_prefill_threshold
+
+    def attend(
+        self, layer: int, group: Group, q: Tensor, w_kc: Tensor, w_vc: Tensor, positions: Tensor | None
+    ) -> Tensor:
+        """See `backend.Attention.attend`."""
+        if not group.is_decode and group.max_length <= self.dense_prefill_threshold:
+            return self._dense(layer, group, q, w_kc, w_vc, positions)
+        return self._absorbed(layer, group, q, w_kc, w_vc, positions)
+
+    def _absorbed(
+        self, layer: int, group: Group, q: Tensor, w_kc: Tensor, w_vc: Tensor, positions: Tensor | None
+    ) -> Tensor:
+        if positions is None:
+            positions = visible_positions(group)
+        slots = position_slots(group, positions)
+        nope = w_kc.shape[1]
+        q_latent = torch.bmm(q[..., :nope].transpose(0, 1), w_kc).transpose(0, 1)  # [T, H, latent]
+        query = torch.cat([q_latent, q[..., nope:]], dim=-1)
+        rows = self.pool.latent[layer]
+        if isinstance(rows, PackedLatent):
+            out = sparse_mla_fp8(query, rows.values, rows.scales, rows.rope, slots, self.softmax_scale)
+        else:
+            out = sparse_mla(query, rows, slots, self.softmax_scale, self.pool.latent_dim)
+        return torch.bmm(out.transpose(0, 1), w_vc).transpose(0, 1)
+
+    def _dense(
+        self, layer: int, group: Group, q: Tensor, w_kc: Tensor, w_vc: Tensor, positions: Tensor | None
+    ) -> Tensor:
+        slots = torch.arange(group.max_length, device=q.device)
+        slots = group.page_table[0][slots // PAGE_SIZE] * PAGE_SIZE + slots % PAGE_SIZE
+        rows = self.pool.read_latent(layer, slots).to(q.dtype)
+        latent, k_pe = rows.split([self.pool.latent_dim, self.pool.rope_dim], dim=-1)
+        num_heads, nope, _ = w_kc.shape
+        keys = rows.new_empty(rows.shape[0], num_heads, nope + self.pool.rope_dim)
+        keys[..., :nope] = torch.matmul(latent, w_kc.transpose(1, 2)).transpose(0, 1)
+        keys[..., nope:] = k_pe[:, None]
+        values = torch.matmul(latent, w_vc).transpose(0, 1)
+        return dense_mla(q, keys, values, selection_mask(group, positions), self.softmax_scale)
+
+
+def position_slots(group: Group, positions: Tensor) -> Tensor:
+    """Positions [G*Q, k] -> KV slots [G*Q, k] through the page table; -1 stays -1."""
+    safe = positions.clamp_min(0)
+    shape = (group.num_requests, -1)
+    pages = group.page_table.gather(1, (safe // PAGE_SIZE).view(shape)).view_as(positions)
+    return torch.where(positions < 0, positions, pages * PAGE_SIZE + safe % PAGE_SIZE)

@@ -1,0 +1,153 @@
+"""The backend against a plain loop over queries: any mix of requests, page order, phase and layout gives the same attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from baleen.attention.backend import AttentionBackend, make_backend
+from baleen.attention.batch import ForwardBatch, group_batch
+from baleen.attention.test_models import small_model
+
+MODEL = small_model()
+HEADS, NOPE, ROPE, VALUE, LATENT = 4, 32, 32, 32, 128
+INDEX_HEADS, INDEX_DIM, TOPK = 16, 64, 32
+
+
+class Requests:
+    """Random keys, values and queries of several requests, and a pool with their pages shuffled."""
+
+    def __init__(self, lengths: list[int], q_lens: list[int], seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.lengths, self.q_lens = lengths, q_lens
+        self.latent = [torch.randn(n, LATENT) for n in lengths]
+        self.k_pe = [torch.randn(n, ROPE) for n in lengths]
+        self.index_k = [torch.randn(n, INDEX_DIM) for n in lengths]
+        total = sum(q_lens)
+        self.q = torch.randn(total, HEADS, NOPE + ROPE)
+        self.index_q = torch.randn(total, INDEX_HEADS, INDEX_DIM)
+        self.gates = torch.randn(total, INDEX_HEADS)
+        self.kv_b = torch.randn(HEADS, NOPE + VALUE, LATENT) / LATENT**0.5
+        pages = [-(-n // 64) for n in lengths]
+        ids = torch.randperm(sum(pages)) + 1
+        self.num_pages = sum(pages)
+        self.page_table = torch.zeros(len(lengths), max(pages), dtype=torch.int64)
+        taken = 0
+        for r, count in enumerate(pages):
+            self.page_table[r, :count] = ids[taken : taken + count]
+            taken += count
+
+    def slots(self, r: int, positions: Tensor) -> Tensor:
+        return self.page_table[r, positions // 64] * 64 + positions % 64
+
+    def run(self, backend: AttentionBackend) -> tuple[Tensor, list[Tensor | None]]:
+        """Store everything (the prefix as an earlier step), then select and attend for the query tokens."""
+        for r, length in enumerate(self.lengths):
+            positions = torch.arange(length)
+            batch = ForwardBatch(
+                positions, positions, self.slots(r, positions), self.page_table[r : r + 1], [length], [length], 0
+            )
+            backend.store(0, backend.plan(batch), self.latent[r], self.k_pe[r], self.index_k[r])
+        positions = torch.cat([torch.arange(n - q, n) for n, q in zip(self.lengths, self.q_lens)])
+        num_decode = next((r for r, q in enumerate(self.q_lens) if q > 1), len(self.q_lens))
+        batch = ForwardBatch(positions, positions, positions, self.page_table, self.q_lens, self.lengths, num_decode)
+        metadata = backend.plan(batch)
+        selection: list[Tensor | None] = [None] * len(metadata.groups)
+        if backend.needs_scores(metadata):
+            selection = backend.select(0, metadata, self.index_q, self.gates)
+        w_kc, w_vc = self.kv_b[:, :NOPE], self.kv_b[:, NOPE:].transpose(1, 2)
+        return backend.attend(0, metadata, self.q, w_kc, w_vc, selection), selection
+
+    def expected(self) -> Tensor:
+        """Query by query: score every token, keep the best 32, expand their keys and values, softmax."""
+        out = []
+        token = 0
+        for r, (length, q_len) in enumerate(zip(self.lengths, self.q_lens)):
+            expanded = torch.einsum("sc,hdc->shd", self.latent[r], self.kv_b)
+            keys = torch.cat([expanded[..., :NOPE], self.k_pe[r][:, None].expand(-1, HEADS, -1)], dim=-1)
+            for i in range(q_len):
+                sees = length - q_len + i + 1
+                scores = torch.zeros(sees)
+                for h in range(INDEX_HEADS):
+                    scores += self.gates[token, h] * torch.relu(self.index_k[r][:sees] @ self.index_q[token, h])
+                best = scores.topk(min(TOPK, sees)).indices
+                weights = torch.einsum("hd,shd->hs", self.q[token], keys[best]) * MODEL.softmax_scale
+                out.append(torch.einsum("hs,shd->hd", weights.softmax(-1), expanded[best][..., NOPE:]))
+                token += 1
+        return torch.stack(out)
+
+
+def make(requests: Requests, *, threshold: int, kv: str = "float32", index: str = "float32") -> AttentionBackend:
+    return make_backend(
+        MODEL,
+        num_pages=requests.num_pages,
+        kv_cache_dtype=kv,
+        index_cache_dtype=index,
+        prefill="reference",
+        decode="reference",
+        dense_prefill_threshold=threshold,
+        device=torch.device("cpu"),
+    )
+
+
+CASES = {
+    "decode, all shorter than top-k": ([5, 32, 1, 17], [1, 1, 1, 1]),
+    "decode, all longer": ([33, 200, 64, 65], [1, 1, 1, 1]),
+    "decode, lengths far apart": ([10, 900, 31, 400, 32], [1, 1, 1, 1, 1]),
+    "prefill from nothing": ([70], [70]),
+    "prefill within top-k": ([30], [30]),
+    "chunk after a prefix": ([300], [41]),
+    "decode and chunks": ([77, 130, 20, 150, 64], [1, 1, 20, 37, 64]),
+}
+
+
+@pytest.mark.parametrize("threshold", [0, 128, 4096])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_a_plain_loop(case: str, threshold: int) -> None:
+    requests = Requests(*CASES[case])
+    out, _ = requests.run(make(requests, threshold=threshold))
+    torch.testing.assert_close(out, requests.expected(), rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_and_fp8_caches_stay_near() -> None:
+    requests = Requests([77, 130, 20, 150], [1, 1, 20, 37])
+    expected = requests.expected()
+    for kv, bound in (("bfloat16", 2**-7), ("fp8_e4m3", 2**-3)):
+        for threshold in (0, 4096):
+            out, _ = requests.run(make(requests, threshold=threshold, kv=kv))
+            error = float((out.float() - expected).norm() / expected.norm())
+            assert 1e-6 < error < bound, (kv, error)
+
+
+def test_fp8_index_selects_nearly_the_same() -> None:
+    requests = Requests([900, 700], [1, 1])
+    _, exact = requests.run(make(requests, threshold=0))
+    _, packed = requests.run(make(requests, threshold=0, index="fp8_e4m3"))
+    assert exact[0] is not None
+    assert packed[0] is not None
+    for a, b in zip(exact[0].tolist(), packed[0].tolist()):
+        assert len(set(a) & set(b)) >= 0.8 * TOPK
+    assert not torch.equal(exact[0], packed[0]), "the fp8 index was not used"
+
+
+def test_decode_groups_bound_the_padding() -> None:
+    lengths = [10, 100_000, 300, 70_000, 500, 40]
+    batch = ForwardBatch(
+        torch.zeros(6, dtype=torch.int64),
+        torch.tensor(lengths) - 1,
+        torch.zeros(6, dtype=torch.int64),
+        torch.zeros(6, 2000, dtype=torch.int64),
+        [1] * 6,
+        lengths,
+        6,
+    )
+    groups = group_batch(batch)
+    seen = []
+    for group in groups:
+        assert isinstance(group.tokens, Tensor)
+        seen += group.tokens.tolist()
+        shortest = int(group.lengths.min())
+        assert group.max_length <= max(2 * shortest, shortest + 256)
+    assert sorted(seen) == list(range(6))
+    assert len(groups) == 3

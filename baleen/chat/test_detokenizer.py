@@ -1,0 +1,97 @@
+"""Any chunking of any ids, with any stop strings, gives the text of decoding all at once and cutting it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from baleen.chat.conftest import VOCAB_SIZE, build_tokenizer
+from baleen.chat.detokenizer import Detokenizer
+from baleen.chat.tokenizer import Tokenizer
+
+INNER = build_tokenizer()
+TOKENIZER = Tokenizer(INNER)
+
+ids_of_text = st.text(alphabet="ab é世😀\u0301", max_size=24).map(TOKENIZER.encode)
+any_ids = st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=24)
+ids = st.one_of(any_ids, ids_of_text, st.tuples(any_ids, ids_of_text).map(lambda pair: pair[0] + pair[1]))
+
+
+def chunked(data: st.DataObject, items: list[int]) -> list[list[int]]:
+    chunks = []
+    while items:
+        size = data.draw(st.integers(1, 4))
+        chunks.append(items[:size])
+        items = items[size:]
+    return chunks
+
+
+def cut(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """The definition: read character by character until the text ends in a stop string; drop the longest such."""
+    for end in range(1, len(text) + 1):
+        ending = [s for s in stops if text[:end].endswith(s)]
+        if ending:
+            longest = max(ending, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
+
+
+@settings(max_examples=300, deadline=None)
+@given(ids, st.data(), st.booleans())
+def test_any_chunking_equals_decoding_at_once(token_ids: list[int], data: st.DataObject, skip: bool) -> None:
+    detokenizer = Detokenizer(TOKENIZER, skip_special_tokens=skip)
+    pieces = [detokenizer.push(chunk) for chunk in chunked(data, token_ids)]
+    assert "".join(pieces) + detokenizer.finish() == INNER.decode(token_ids, skip_special_tokens=skip)
+    assert detokenizer.num_tokens == len(token_ids)
+
+
+@settings(max_examples=400, deadline=None)
+@given(ids, st.data())
+def test_any_stop_strings_cut_where_the_definition_cuts(token_ids: list[int], data: st.DataObject) -> None:
+    whole = INNER.decode(token_ids)
+    pieces_of_text = [whole[i : i + n] for i in range(len(whole)) for n in (1, 2, 3, 5) if whole[i : i + n]]
+    sources = [st.text(alphabet="ab é世", min_size=1, max_size=3)]
+    sources += [st.sampled_from(pieces_of_text)] if pieces_of_text else []
+    stops = data.draw(st.lists(st.one_of(*sources), max_size=3))
+    detokenizer = Detokenizer(TOKENIZER, stops)
+    text = "".join([detokenizer.push(chunk) for chunk in chunked(data, token_ids)]) + detokenizer.finish()
+    assert (text, detokenizer.matched) == cut(whole, stops)
+    # Nothing that came before the match needed a later token, and no token after it was read.
+    if detokenizer.matched is not None and detokenizer.num_tokens < len(token_ids):
+        read = INNER.decode(token_ids[: detokenizer.num_tokens])
+        assert cut(read, stops) == (text, detokenizer.matched)
+        assert cut(INNER.decode(token_ids[: detokenizer.num_tokens - 1]).rstrip("\ufffd"), stops)[1] is None
+
+
+@pytest.mark.parametrize("text", ["世界", "😀", "é😀"])
+def test_only_whole_characters_come_out(text: str) -> None:
+    byte_ids = [next(i for i in range(TOKENIZER.num_ids) if TOKENIZER.token_bytes(i) == bytes([b])) for b in text.encode()]
+    detokenizer = Detokenizer(TOKENIZER)
+    pieces = [detokenizer.push([i]) for i in byte_ids]
+    assert [p for p in pieces if p] == list(text)
+    detokenizer.push(byte_ids[:1])
+    assert detokenizer.finish() == "\ufffd"  # the end came inside a character
+
+
+def test_a_possible_stop_string_is_withheld_and_no_more() -> None:
+    detokenizer = Detokenizer(TOKENIZER, ["END."])
+    letters = [TOKENIZER.encode(c)[0] for c in "aENxEND!"]
+    assert [detokenizer.push([i]) for i in letters] == ["a", "", "", "ENx", "", "", "", "END!"]
+    assert detokenizer.push(TOKENIZER.encode("zEND. more")) == "z"
+    assert detokenizer.matched == "END."
+    assert detokenizer.push(TOKENIZER.encode("more")) == ""
+    assert detokenizer.finish() == ""
+
+
+def test_withheld_text_comes_out_at_the_end() -> None:
+    detokenizer = Detokenizer(TOKENIZER, ["stop it"])
+    assert detokenizer.push(TOKENIZER.encode("please stop")) == "please "
+    assert detokenizer.finish() == "stop"
+
+
+def test_num_tokens_counts_to_the_match_inside_a_chunk() -> None:
+    letters = [TOKENIZER.encode(c)[0] for c in "abXYcd"]
+    detokenizer = Detokenizer(TOKENIZER, ["XY"])
+    assert detokenizer.push(letters) == "ab"
+    assert detokenizer.num_tokens == 4

@@ -1,0 +1,37 @@
+"""Linear layers of FP8 checkpoints: activations 1x128, weights 128x128. Imports: kernels.{dispatch,fp8_quant}."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from baleen.kernels.dispatch import Op
+
+IMPLEMENTATIONS = {"reference": "baleen.kernels.fp8_gemm.reference:fp8_gemm"}
+
+_fp8_gemm = Op(IMPLEMENTATIONS)
+_fp8_linear_dequantized = Op(IMPLEMENTATIONS, "fp8_linear_dequantized")
+
+
+def fp8_gemm(x: Tensor, weight: Tensor, weight_scale_inv: Tensor) -> Tensor:
+    """x @ weight^T with x quantised 1x128: y[m,n] = sum over blocks b of sx[m,b] * sw[n/128,b] * (x8 . w8 in block b).
+
+    x                 [M, K] float32 or bfloat16 (any number of leading dims)
+    weight            float8_e4m3fn [N, K]
+    weight_scale_inv  float32 [ceil(N/128), ceil(K/128)]
+    returns           [M, N] x.dtype; float32 accumulation within and between blocks
+    Error:            rounding, after the quantisation of x.     Cost: 2*M*N*K flops; scratch 32 MiB for the weight.
+    Raises:           ValueError if the scale's shape does not fit.
+    Source:           DeepSeek-V3 report, section 3.3.2.
+    """
+    return _fp8_gemm(x, weight, weight_scale_inv)
+
+
+def fp8_linear_dequantized(x: Tensor, weight: Tensor) -> Tensor:
+    """The same numbers for a weight that was dequantised once at load: faster where FP8 has no hardware.
+
+    x        [M, K] float32 or bfloat16 (any number of leading dims)
+    weight   float32 [N, K], dequantize_128x128 of the checkpoint's
+    returns  [M, N] x.dtype
+    Error:   rounding against fp8_gemm.     Cost: 2*M*N*K flops and the rounding of x.
+    """
+    return _fp8_linear_dequantized(x, weight)

@@ -1,0 +1,28 @@
+"""FP8 linear layers in torch: both operands dequantised (exactly, for power-of-two scales), then fp32 matmuls."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from baleen.kernels.fp8_quant.reference import BLOCK, dequantize_128x128, round_1x128
+
+SCRATCH_BYTES = 32 << 20
+
+
+def fp8_gemm(x: Tensor, weight: Tensor, weight_scale_inv: Tensor) -> Tensor:
+    rounded = round_1x128(x)
+    num_rows, num_cols = weight.shape
+    out = torch.empty(*x.shape[:-1], num_rows, dtype=x.dtype, device=x.device)
+    # Whole row blocks of the weight, so that each chunk has its own rows of scales.
+    step = max(SCRATCH_BYTES // (4 * num_cols * BLOCK), 1) * BLOCK
+    for start in range(0, num_rows, step):
+        stop = min(start + step, num_rows)
+        scales = weight_scale_inv[start // BLOCK : -(-stop // BLOCK)]
+        out[..., start:stop] = F.linear(rounded, dequantize_128x128(weight[start:stop], scales))
+    return out
+
+
+def fp8_linear_dequantized(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(round_1x128(x), weight).to(x.dtype)

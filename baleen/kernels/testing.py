@@ -1,0 +1,96 @@
+"""Holds every implementation of an op to the same cases: against an oracle from outside, or against the reference.
+
+For tests; knows no op. Imports kernels.dispatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from baleen.kernels.dispatch import find
+
+Oracle = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input of one function.
+
+    function    its name in the op's folder
+    make        generator -> positional arguments
+    rtol, atol  allowed difference of float outputs, as in torch.testing.assert_close; integers, bool and FP8 are compared
+                exactly
+    """
+
+    name: str
+    function: str
+    make: Callable[[torch.Generator], tuple[Any, ...]]
+    rtol: float = 0.0
+    atol: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.function}-{self.name}"
+
+    def arguments(self) -> tuple[Any, ...]:
+        """New tensors at each call, the same numbers."""
+        return self.make(torch.Generator().manual_seed(0))
+
+
+def check(implementations: Mapping[str, str], name: str, case: Case, oracle: Oracle | None = None) -> None:
+    """Runs one implementation on one case; AssertionError if it differs from the oracle (None: from the reference).
+
+    Outputs are compared, and the arguments as they are afterwards: what an op stores shows there, and nothing else may. An
+    implementation that does not define the case's function has nothing to show.
+    """
+    function = find(implementations, name, case.function)
+    expected_by = oracle or find(implementations, "reference", case.function)
+    if function is None or expected_by is None:
+        return
+    arguments, expected_arguments = case.arguments(), case.arguments()
+    output, expected = function(*arguments), expected_by(*expected_arguments)
+    for got, want in zip(tree_leaves((output, arguments)), tree_leaves((expected, expected_arguments)), strict=True):
+        if isinstance(got, Tensor):
+            assert_close(got, torch.as_tensor(want), case.rtol, case.atol)
+
+
+def assert_close(got: Tensor, want: Tensor, rtol: float, atol: float) -> None:
+    """As torch.testing.assert_close in float64, NaN equal to NaN; FP8 by value, exactly."""
+    if got.dtype == torch.float8_e4m3fn or not got.is_floating_point():
+        rtol = atol = 0.0
+    torch.testing.assert_close(got.double(), want.double(), rtol=rtol, atol=atol, equal_nan=True)
+
+
+class _Allocations(TorchDispatchMode):
+    """Remembers the size of every storage that appears as the output of an operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes: dict[int, int] = {}
+        self.keep: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                self.nbytes[storage.data_ptr()] = storage.nbytes()
+                # Kept alive, so that no address is used twice.
+                self.keep.append(storage)
+        return out
+
+
+def largest_scratch(function: Callable[..., Any], *args: Any) -> int:
+    """Bytes of the largest tensor made by function(*args) that is neither an argument nor returned."""
+    with _Allocations() as allocations:
+        out = function(*args)
+    for leaf in tree_leaves((args, out)):
+        if isinstance(leaf, Tensor):
+            allocations.nbytes.pop(leaf.untyped_storage().data_ptr(), None)
+    return max(allocations.nbytes.values(), default=0)

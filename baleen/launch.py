@@ -1,0 +1,138 @@
+"""Starts the engine process beside this one, which serves HTTP; watches it; stops both.
+
+This process never imports torch: the engine process does, in `_engine_main`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+
+import uvicorn
+
+from baleen.chat.tokenizer import Tokenizer
+from baleen.config import Config, ConfigError
+from baleen.server.app import create_app
+from baleen.server.engine_client import EngineClient
+
+DRAIN_SECONDS = 600  # how long SIGTERM waits for open requests
+FAIL_SECONDS = 2.0  # how long open responses have to carry the error away once the engine is dead
+STOP_SECONDS = 10.0  # how long the engine has to end after `Shutdown`
+
+
+class _Server(uvicorn.Server):
+    """uvicorn re-raises a signal once it has drained, which would end this process before the engine is stopped; here it does not."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(config: Config) -> int:
+    """Serve until SIGTERM or Ctrl-C (drains, returns 0) or until the engine process dies (returns 1). Raises ConfigError."""
+    tokenizer = Tokenizer.load(config)
+    listener = _listen(config.server.host, config.server.port)
+    with tempfile.TemporaryDirectory(prefix="baleen-") as folder:
+        engine_input, engine_output = f"ipc://{folder}/in", f"ipc://{folder}/out"
+        process = multiprocessing.get_context("spawn").Process(
+            target=_engine_main, args=(config, engine_input, engine_output), name="baleen-engine"
+        )
+        process.start()
+        try:
+            return asyncio.run(_serve(config, tokenizer, listener, process, engine_input, engine_output))
+        finally:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _engine_main(config: Config, engine_input: str, engine_output: str) -> None:
+    from baleen.engine import run_process
+
+    run_process(config, engine_input, engine_output)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bind before the model loads, so that a port in use is told at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError("--port", f"cannot listen on {host}:{port} ({error.strerror})", "choose another") from None
+    return listener
+
+
+async def _serve(
+    config: Config,
+    tokenizer: Tokenizer,
+    listener: socket.socket,
+    process: BaseProcess,
+    engine_input: str,
+    engine_output: str,
+) -> int:
+    client = EngineClient(engine_input, engine_output)
+    await client.start()
+    app = create_app(config, client, tokenizer)
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+            lifespan="off",
+        )
+    )
+    for name in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(name, server.handle_exit, name, None)
+    engine_died = asyncio.create_task(_watch(process, client, server))
+    announced = asyncio.create_task(_announce(config, client))
+    await server.serve(sockets=[listener])
+    announced.cancel()
+    if process.is_alive():
+        engine_died.cancel()
+        await client.shutdown_engine()
+        await asyncio.to_thread(process.join, STOP_SECONDS)
+        await client.close()
+        return 0
+    await engine_died
+    await client.close()
+    return 1
+
+
+async def _announce(config: Config, client: EngineClient) -> None:
+    await client.ready.wait()
+    host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
+    print(
+        f"baleen: ready in {client.load_seconds:.1f} s: http://{host}:{config.server.port}  (stop with Ctrl-C)",
+        flush=True,
+    )
+
+
+async def _watch(process: BaseProcess, client: EngineClient, server: uvicorn.Server) -> None:
+    """When the engine process ends by itself: fail what is open, let the errors out, stop serving."""
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(process.sentinel, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(process.sentinel)
+    await asyncio.to_thread(process.join)
+    code = process.exitcode
+    reason = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+    print(f"baleen: error: the engine process ended ({reason})", file=sys.stderr, flush=True)
+    client.fail_all(f"the engine process ended ({reason})")
+    await asyncio.sleep(FAIL_SECONDS if client.num_open else 0.2)
+    server.should_exit = True
+    await asyncio.sleep(1.0)
+    server.force_exit = True

@@ -1,0 +1,147 @@
+"""The engine without HTTP: `LLM(model).generate(prompts)`. Tokenizer, scheduler, runner and detokenizer are the server's own."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from baleen.chat.detokenizer import Detokenizer
+from baleen.chat.encoding import encode_messages
+from baleen.chat.tokenizer import Tokenizer
+from baleen.engine import Engine
+from baleen.flags import default_config
+from baleen.messages import GenerateRequest, SamplingParams, TokenLogprobs, TokenOutput, pack_ids
+
+Prompt = str | Sequence[int]
+
+
+@dataclass
+class Completion:
+    """One answer. `token_ids` includes the stopping eos, `text` does not; after a stop string `text` ends before it.
+
+    finish_reason  "stop" or "length"
+    stop           the stop string, eos id or stop id that ended it, else None
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    stop: str | int | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+class LLM:
+    """An engine in this process.
+
+    model     checkpoint folder
+    settings  any field of `baleen.config`'s sections by name: LLM(path, max_running_requests=8, kv_cache_dtype="bfloat16")
+
+    Raises ConfigError for settings that cannot be, WeightError for a checkpoint that cannot be read. Not thread-safe.
+    """
+
+    def __init__(self, model: str, **settings: Any) -> None:
+        self.config = default_config(model, **settings)
+        self.tokenizer = Tokenizer.load(self.config)
+        self.engine = Engine(self.config)
+        self._rids = itertools.count()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the engine's thread; the object is of no use afterwards."""
+        self.engine.close()
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Continue each prompt: text, or token ids. One `SamplingParams` for all or one each; answers in the prompts' order.
+
+        Raises ValueError for an empty prompt, one the context cannot hold, or ids outside the vocabulary.
+        """
+        batch: list[Prompt] = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)  # type: ignore[arg-type]
+        params = [sampling or SamplingParams()] * len(batch) if not isinstance(sampling, Sequence) else list(sampling)
+        if len(params) != len(batch):
+            raise ValueError(f"sampling: {len(params)} for {len(batch)} prompts; give one for all or one each")
+        ids = [self._ids(prompt) for prompt in batch]
+        running = {}
+        for prompt_ids, one in zip(ids, params):
+            if one.seed is None:
+                one = msgspec.structs.replace(one, seed=secrets.randbits(63))
+            rid = str(next(self._rids))
+            running[rid] = _Running(Completion(), Detokenizer(self.tokenizer, one.stop))
+            self.engine.add(GenerateRequest(rid=rid, input_ids=pack_ids(prompt_ids), sampling=one))
+        try:
+            while self.engine.has_work:
+                for output in self.engine.step():
+                    if output.rid in running and running[output.rid].advance(output):
+                        self.engine.abort(output.rid)
+        except BaseException:  # Ctrl-C too: the next call must not meet what is left of this one
+            for rid in running:
+                self.engine.abort(rid)
+            raise
+        return [one.completion for one in running.values()]
+
+    def chat(
+        self, messages: Sequence[dict[str, Any]], sampling: SamplingParams | None = None, *, thinking: bool = False
+    ) -> Completion:
+        """Answer a conversation in the V3.2 chat format. Raises EncodingError for one that has no prompt."""
+        return self.generate(encode_messages(messages, thinking=thinking), sampling)[0]
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise ValueError("prompt: empty")
+        if min(ids) < 0 or max(ids) >= self.config.model.vocab_size:
+            raise ValueError(f"prompt: token ids must lie in 0..{self.config.model.vocab_size - 1}")
+        if len(ids) >= self.config.load.context_length:
+            raise ValueError(
+                f"prompt: {len(ids)} tokens leave no room in the context of {self.config.load.context_length}"
+            )
+        return ids
+
+
+class _Running:
+    """One sequence on its way."""
+
+    def __init__(self, completion: Completion, detokenizer: Detokenizer) -> None:
+        self.completion = completion
+        self.detokenizer = detokenizer
+
+    def advance(self, output: TokenOutput) -> bool:
+        """Take one output; True if a stop string has just ended the sequence, which the engine cannot know."""
+        done = self.completion
+        if output.finish_reason == "error":
+            raise ValueError(output.message)
+        if done.finish_reason:
+            return False
+        before = self.detokenizer.num_tokens
+        done.text += self.detokenizer.push(output.token_ids)
+        read = self.detokenizer.num_tokens - before
+        done.token_ids.extend(output.token_ids[:read])
+        done.logprobs.extend(output.logprobs[:read])
+        done.num_prompt_tokens, done.num_cached_tokens = output.num_prompt_tokens, output.num_cached_tokens
+        if self.detokenizer.matched is not None:
+            done.finish_reason, done.stop = "stop", self.detokenizer.matched
+            return output.finish_reason is None
+        if output.finish_reason is not None:
+            done.text += self.detokenizer.finish()
+            done.finish_reason, done.stop = output.finish_reason, output.matched
+        return False
+
+
+def _is_ids(prompts: Any) -> bool:
+    return bool(prompts) and isinstance(prompts[0], int)

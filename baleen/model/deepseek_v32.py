@@ -1,0 +1,131 @@
+"""DeepseekV32ForCausalLM, from token ids to logits.
+
+T is the number of tokens of a step, all requests together. Nothing here knows of ranks, requests or pages: the attention backend does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from baleen.attention.backend import AttentionBackend, Metadata
+from baleen.config import ModelConfig
+from baleen.kernels.rms_norm import add_rms_norm
+from baleen.kernels.rope import rope_table, yarn_table
+from baleen.model.layers import Embedding, Linear, RMSNorm
+from baleen.model.mla import MlaAttention
+from baleen.model.moe import Mlp, MoE
+from baleen.model.weights import Target
+
+
+class DecoderLayer(nn.Module):
+    """norm, attention, norm, MLP or MoE; the residual is carried unnormalised beside the hidden states."""
+
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, *, moe: bool) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.input_layernorm = RMSNorm(config.hidden_size, self.eps)
+        self.self_attn = MlaAttention(config, layer, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, self.eps)
+        self.mlp = MoE(config, dtype) if moe else Mlp(config, config.intermediate_size, dtype)
+
+    def forward(
+        self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, backend: AttentionBackend, metadata: Metadata
+    ) -> tuple[Tensor, Tensor]:
+        """x, residual [T, hidden] -> the same pair for the next layer; x + residual is the hidden state."""
+        x, residual = add_rms_norm(x, residual, self.input_layernorm.weight, self.eps)
+        x = self.self_attn(x, cos, sin, backend, metadata)
+        x, residual = add_rms_norm(x, residual, self.post_attention_layernorm.weight, self.eps)
+        return self.mlp(x), residual
+
+    def targets(self, prefix: str) -> Iterator[Target]:
+        yield from self.input_layernorm.targets(f"{prefix}input_layernorm")
+        yield from self.self_attn.targets(f"{prefix}self_attn.")
+        yield from self.post_attention_layernorm.targets(f"{prefix}post_attention_layernorm")
+        yield from self.mlp.targets(f"{prefix}mlp.")
+
+
+class MtpLayer(nn.Module):
+    """The multi-token-prediction layer's weights. Embedding and head are the model's own, so the checkpoint's copies are not kept."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = Linear(2 * config.hidden_size, {"eh_proj": config.hidden_size}, fp8=False, dtype=dtype)
+        self.layer = DecoderLayer(config, 0, dtype, moe=True)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def targets(self, prefix: str) -> Iterator[Target]:
+        yield from self.enorm.targets(f"{prefix}enorm")
+        yield from self.hnorm.targets(f"{prefix}hnorm")
+        yield from self.eh_proj.targets(prefix)
+        yield from self.layer.targets(prefix)
+        yield from self.norm.targets(f"{prefix}shared_head.norm")
+
+
+class DeepseekV32ForCausalLM(nn.Module):
+    """The whole network. Parameters are empty until `weights.load_weights` fills the targets."""
+
+    # what a checkpoint may hold and the model leaves: MTP's copies of embedding and head, buffers of old exports
+    ignored = ("*.shared_head.head.weight", "model.layers.*.embed_tokens.weight", "*.rotary_emb.inv_freq")
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, max_positions: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, dtype, moe=config.is_moe_layer(i)) for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Embedding(config.vocab_size, config.hidden_size, dtype)
+        self.mtp = nn.ModuleList(MtpLayer(config, dtype) for _ in range(config.num_nextn_predict_layers))
+        cos, sin = _rope_tables(config, max_positions)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, ids: Tensor, positions: Tensor, backend: AttentionBackend, metadata: Metadata) -> Tensor:
+        """ids, positions [T] int64 -> hidden states after the final norm [T, hidden]."""
+        cos, sin = self.cos[positions], self.sin[positions]
+        x = self.embed_tokens(ids)
+        residual = torch.zeros_like(x)
+        for layer in self.layers:
+            x, residual = layer(x, residual, cos, sin, backend, metadata)
+        return add_rms_norm(x, residual, self.norm.weight, self.norm.eps)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, hidden] -> [R, vocab] float32."""
+        return linear(hidden, self.lm_head.weight).float()
+
+    def checkpoint_tensors(self) -> Iterator[Target]:
+        """Where each tensor of the checkpoint goes; the MTP layers form one optional group."""
+        yield from self.embed_tokens.targets("model.embed_tokens")
+        for i, layer in enumerate(self.layers):
+            yield from layer.targets(f"model.layers.{i}.")
+        yield from self.norm.targets("model.norm")
+        yield from self.lm_head.targets("lm_head")
+        for i, layer in enumerate(self.mtp):
+            for target in layer.targets(f"model.layers.{len(self.layers) + i}."):
+                yield replace(target, optional=True)
+
+
+def _rope_tables(config: ModelConfig, max_positions: int) -> tuple[Tensor, Tensor]:
+    """cos, sin [max_positions, rope/2] float32; one table serves MLA and indexer."""
+    rope = config.rope
+    if rope is None:
+        return rope_table(max_positions, config.qk_rope_head_dim, config.rope_theta)
+    return yarn_table(
+        max_positions,
+        config.qk_rope_head_dim,
+        config.rope_theta,
+        factor=rope.factor,
+        original_max_positions=rope.original_max_position_embeddings,
+        beta_fast=rope.beta_fast,
+        beta_slow=rope.beta_slow,
+        mscale=rope.mscale,
+        mscale_all_dim=rope.mscale_all_dim,
+    )

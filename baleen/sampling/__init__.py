@@ -1,0 +1,15 @@
+"""Logits to token ids: `Sampler` turns the last logits of each request into its next token.
+
+    sampler.py     per-slot parameters and the pipeline: penalties, temperature, filters, draw
+    penalties.py   which tokens each slot has seen, and what that costs them
+    filters.py     top-k, top-p and min-p on exact integer weights
+    noise.py       random numbers as a function of (seed, position, token id)
+    logprobs.py    log-probabilities for the requests that asked
+
+May import config, messages, kernels. What a row gives depends on its own logits, parameters, seed and position, and on
+no other row of the batch: a new step of the pipeline must keep that
+(`test_sampler.py::test_rows_do_not_depend_on_their_batch`).
+
+To add a sampling parameter: a field of `messages.SamplingParams`, a column of the sampler's state, its step in
+`Sampler._draw` or `penalties.py`, and its line in `test_sampler.py::naive_probabilities`, the slow definition.
+"""

@@ -1,0 +1,16 @@
+"""HTTP: OpenAI's and the native routes, over an engine in another process.
+
+app.py               the routes; health, models, server info, metrics
+chat_completions.py  /v1/chat/completions        completions.py  /v1/completions        native.py  /generate
+protocol.py          OpenAI's JSON, in and out: nothing else knows it
+generation.py        one HTTP request's sequences: submitted, turned to text, stopped, counted
+stream.py            server-sent events, and noticing that the client has gone
+engine_client.py     the sockets to the engine
+errors.py            the one shape of every 4xx and 5xx
+metrics.py           what /metrics shows
+
+May import: config, messages, chat. Never torch. Pydantic and FastAPI are used here only.
+
+To add a route: a handler `async (request) -> Response` beside its kin and a line in `app.create_app`. A field that is
+known but not built goes into the `not_built` table of its request model, so that it is refused by name, never ignored.
+"""
