@@ -104,7 +104,9 @@ class Engine:
         return self.scheduler.update(output)
 
     def stats(self) -> EngineStats:
-        return self.scheduler.stats()
+        return msgspec.structs.replace(
+            self.scheduler.stats(), forward_seconds_total=self.runner.forward_seconds
+        )
 
     def close(self) -> None:
         """Wait for the step that runs and end the runner's thread."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from baleen import memory_plan
-from baleen.checkpoint_lookup import NotInCache, find, read_config
+from baleen.checkpoint_lookup import NoModel, NotInCache, default_folder, find, read_config
 from baleen.config import AUTO, PAGE_SIZE, PUBLISHED, SECTIONS, Config, ConfigError, ModelConfig
 
 __all__ = ["Hardware", "Parser", "Resolution", "default_config", "process_arguments", "resolve"]
@@ -335,7 +335,7 @@ def _refuse_unbuilt(r: _Resolver) -> None:
 def _find_model(r: _Resolver, environ: Mapping[str, str], dry_run: bool) -> tuple[str, ModelConfig]:
     """The checkpoint's folder and its config.json with the overrides; the published numbers if it is not here."""
     if "load.model_path" not in r.given:
-        raise ConfigError("--model", "missing", "give a checkpoint folder, or a hub name in the local cache")
+        raise NoModel(default_folder(environ))
     name = r["load.model_path"]
     try:
         path = find(name, r["load.revision"], environ, r.given["load.model_path"].spelling)
@@ -461,8 +461,9 @@ def _fit(r: _Resolver, folder: str, model: ModelConfig, available: int) -> tuple
         )
     elif r.is_auto(key):
         fits = asked + (plan.budget - plan.total) // plan.token // PAGE_SIZE * PAGE_SIZE
-        wanted = running * _round_up(context)
-        reason = f"{running} requests of {context} tokens" if fits >= wanted else "what the memory budget leaves"
+        full = min(running, 8)  # on a CPU more memory than this only waits for a cache that old
+        wanted = full * _round_up(context)
+        reason = f"{full} requests of {context} tokens" if fits >= wanted else "what the memory budget leaves"
         r.choose(key, min(fits, wanted), reason)
         asked = min(fits, wanted)
     r.choose(key, asked, "one page: nothing fits")

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import uvicorn
 
@@ -51,6 +52,21 @@ def serve(config: Config) -> int:
             if process.is_alive():
                 process.kill()
             process.join()
+
+
+def build_random_checkpoint(folder: Path) -> None:
+    """Make `folder` hold the small random checkpoint; in a process of its own, because it needs torch. Raises ConfigError."""
+    process = multiprocessing.get_context("spawn").Process(target=_build_main, args=(folder,))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise ConfigError("--model", f"the random checkpoint in {folder} could not be built", "give a checkpoint folder")
+
+
+def _build_main(folder: Path) -> None:
+    from baleen.model import random_checkpoint
+
+    random_checkpoint.build_random_checkpoint(folder)
 
 
 def _engine_main(config: Config, engine_input: str, engine_output: str) -> None:
@@ -92,14 +108,21 @@ async def _serve(
             lifespan="off",
         )
     )
+
+    def stop(name: signal.Signals) -> None:
+        client.start_draining()
+        server.handle_exit(name, None)
+
     for name in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(name, server.handle_exit, name, None)
+        asyncio.get_running_loop().add_signal_handler(name, stop, name)
     engine_died = asyncio.create_task(_watch(process, client, server))
     announced = asyncio.create_task(_announce(config, client))
     await server.serve(sockets=[listener])
     announced.cancel()
     if process.is_alive():
         engine_died.cancel()
+        if not client.ready.is_set():
+            process.kill()  # it is loading, and listens to nobody
         await client.shutdown_engine()
         await asyncio.to_thread(process.join, STOP_SECONDS)
         await client.close()

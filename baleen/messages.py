@@ -131,7 +131,10 @@ class EngineReady(msgspec.Struct, frozen=True, tag=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Counters for /metrics and /server_info; gauges are of now, `*_total` since start."""
+    """Counters for /metrics and /server_info; gauges are of now, `*_total` since start.
+
+    forward_seconds_total  time inside the model's forward; the rest of a busy engine's time is overhead
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -144,6 +147,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_generated_tokens_total: int = 0
     num_retractions_total: int = 0
     num_aborted_total: int = 0
+    forward_seconds_total: float = 0.0
 
 
 class CacheFlushed(msgspec.Struct, frozen=True, tag=True):

@@ -95,14 +95,14 @@ class KVPool:
                     f"--kv-cache-dtype fp8_e4m3 needs kv_lora_rank to be a multiple of {QUANT_BLOCK}, not {self.latent_dim}"
                 )
             width = self.latent_dim + self.latent_dim // QUANT_BLOCK * 4 + self.rope_dim * 2
-            return PackedLatent.of(torch.zeros(slots, width, dtype=torch.uint8, device=device), self.latent_dim)
-        return torch.zeros(slots, self.latent_dim + self.rope_dim, dtype=getattr(torch, dtype), device=device)
+            return PackedLatent.of(_buffer(slots, width, dtype=torch.uint8, device=device), self.latent_dim)
+        return _buffer(slots, self.latent_dim + self.rope_dim, dtype=getattr(torch, dtype), device=device)
 
     def _index_buffer(self, pages: int, dtype: str, device: torch.device) -> Tensor | PackedIndex:
         if dtype == "fp8_e4m3":
             size = PAGE_SIZE * self.key_dim + PAGE_SIZE * 4
-            return PackedIndex.of(torch.zeros(pages, size, dtype=torch.uint8, device=device), self.key_dim)
-        return torch.zeros(pages, PAGE_SIZE, self.key_dim, dtype=getattr(torch, dtype), device=device)
+            return PackedIndex.of(_buffer(pages, size, dtype=torch.uint8, device=device), self.key_dim)
+        return _buffer(pages, PAGE_SIZE, self.key_dim, dtype=getattr(torch, dtype), device=device)
 
     def store(self, layer: int, slots: Tensor, latent: Tensor, k_pe: Tensor, index_k: Tensor) -> None:
         """Write T tokens. slots [T] int64; latent [T, 512], k_pe [T, 64], index_k [T, 128] float."""
@@ -135,6 +135,13 @@ class KVPool:
             first = int(page_table[0, 0])
             return keys[first : first + page_table.shape[1]].view(1, -1, self.key_dim), None
         return keys[page_table].view(num_requests, -1, self.key_dim), None
+
+
+def _buffer(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that the system hands out as it is first written; zeroing it all would take it at once. Page 0 alone is zero: rows of -1 may read it."""
+    buffer = torch.empty(*shape, dtype=dtype, device=device)
+    buffer[:PAGE_SIZE] = 0
+    return buffer
 
 
 def _is_run(pages: Tensor) -> bool:

@@ -66,7 +66,9 @@ def test_any_stop_strings_cut_where_the_definition_cuts(token_ids: list[int], da
 
 @pytest.mark.parametrize("text", ["世界", "😀", "é😀"])
 def test_only_whole_characters_come_out(text: str) -> None:
-    byte_ids = [next(i for i in range(TOKENIZER.num_ids) if TOKENIZER.token_bytes(i) == bytes([b])) for b in text.encode()]
+    byte_ids = [
+        next(i for i in range(TOKENIZER.num_ids) if TOKENIZER.token_bytes(i) == bytes([b])) for b in text.encode()
+    ]
     detokenizer = Detokenizer(TOKENIZER)
     pieces = [detokenizer.push([i]) for i in byte_ids]
     assert [p for p in pieces if p] == list(text)

@@ -5,7 +5,9 @@ from hypothesis import strategies as st
 
 from baleen.chat.output_parser import Delta, ThinkSplitter
 
-pieces = st.lists(st.sampled_from(["</think>", "</", "</thi", "nk>", "<", ">", "<think>", "a", "世", "\n"]), max_size=12)
+pieces = st.lists(
+    st.sampled_from(["</think>", "</", "</thi", "nk>", "<", ">", "<think>", "a", "世", "\n"]), max_size=12
+)
 
 
 def split(chunks: list[str], thinking: bool) -> tuple[str, str]:

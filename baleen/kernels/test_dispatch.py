@@ -62,8 +62,8 @@ def test_a_missing_module_of_baleen_is_an_error_and_not_passed_over(implementati
 
 def test_nothing_is_loaded_before_the_first_call() -> None:
     op = dispatch.Op({"reference": "no_such_library_here:double"})
+    dispatch.use("reference")
     with pytest.raises(ModuleNotFoundError):
-        dispatch.use("reference")
         op(1)
 
 

@@ -24,30 +24,38 @@ class Case:
     """One input of one function.
 
     function    its name in the op's folder
-    make        generator -> positional arguments
-    rtol, atol  allowed difference of float outputs, as in torch.testing.assert_close; integers, bool and FP8 are compared
-                exactly
+    make        called as make(*parameters, generator), returns the positional arguments of the function
+    parameters  shapes, dtypes and whatever else make takes
+    rtol, atol  allowed difference of float outputs, as in torch.testing.assert_close; integers, bool and FP8 are
+                compared exactly
     """
 
-    name: str
     function: str
-    make: Callable[[torch.Generator], tuple[Any, ...]]
+    make: Callable[..., tuple[Any, ...]]
+    parameters: tuple[Any, ...]
     rtol: float = 0.0
     atol: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.function}-{self.name}"
+        return "-".join((self.function, *(_word(parameter) for parameter in self.parameters)))
 
     def arguments(self) -> tuple[Any, ...]:
         """New tensors at each call, the same numbers."""
-        return self.make(torch.Generator().manual_seed(0))
+        return self.make(*self.parameters, torch.Generator().manual_seed(0))
+
+
+def _word(parameter: Any) -> str:
+    """A parameter as part of a test's name."""
+    if isinstance(parameter, list | tuple):
+        return "x".join(_word(item) for item in parameter)
+    return str(getattr(parameter, "__name__", parameter)).removeprefix("torch.").lstrip("_")
 
 
 def check(implementations: Mapping[str, str], name: str, case: Case, oracle: Oracle | None = None) -> None:
     """Runs one implementation on one case; AssertionError if it differs from the oracle (None: from the reference).
 
-    Outputs are compared, and the arguments as they are afterwards: what an op stores shows there, and nothing else may. An
-    implementation that does not define the case's function has nothing to show.
+    Outputs are compared, and the arguments as they are afterwards: what an op stores shows there, and nothing else may.
+    An implementation that does not define the case's function has nothing to show.
     """
     function = find(implementations, name, case.function)
     expected_by = oracle or find(implementations, "reference", case.function)

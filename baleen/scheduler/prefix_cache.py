@@ -218,6 +218,7 @@ class PrefixCache:
             assert node.num_users == users, f"page {node.page}: num_users {node.num_users}, recounted {users}"
             assert all(child.parent is node and child.depth == node.depth + 1 for child in node.children.values())
             assert node.queued or node.num_users or node.children, f"page {node.page} can never be evicted"
+        assert len({len(node.key) for node in nodes}) <= 1, "a page that is not full is shared"
         alive = {id(node) for node in nodes} | {id(self.root)}
         assert all(id(node) in alive for node in locked), "a request has locked a node that is not in the tree"
         assert self._num_pages == len(nodes)

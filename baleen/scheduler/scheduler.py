@@ -54,7 +54,7 @@ class Scheduler:
 
     num_pages                 pages of the pool, without page 0
     chunked_prefill_size      most tokens of one step, all rows together; -1: no limit
-    max_running_requests      runner slots; no more requests run than a step may have tokens, so that each gets one
+    max_running_requests      runner slots
     schedule_policy           a name in POLICIES
     schedule_conservativeness scales the share of the pool kept back for tokens to be generated (admission.py)
     context_length            most tokens of a request, prompt and output
@@ -79,7 +79,7 @@ class Scheduler:
         self._order = POLICIES[schedule_policy]
         self._use_cache = not disable_radix_cache
         self._step_tokens = chunked_prefill_size if chunked_prefill_size > 0 else sys.maxsize
-        self._num_slots = min(max_running_requests, self._step_tokens)
+        self._num_slots = max_running_requests
 
         self._allocator = PageAllocator(num_pages)
         self._cache = PrefixCache()
@@ -156,9 +156,10 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """The next step: a decode row for each request that can take one, then prefill chunks up to the token budget.
 
+        The decode rows keep to the budget as well: each of them had a row in the step before.
+
         None if nothing can be computed before outputs of steps in flight are known.
         """
-        num_retractions = self._num_retractions
         self._grow_decoding()
         step = InFlightStep(self._num_steps + 1, [], [])
         rows = [self._decode_row(request, step) for request in self._running.values() if request.decodes_next]
@@ -172,8 +173,7 @@ class Scheduler:
                 rows.append(self._prefill_row(request, budget, step))
                 budget -= rows[-1].num_tokens
                 prefilled.append(request)
-        # What a retraction frees is for those who ran out, not for the next in the queue.
-        if self._waiting and self._free_slots and budget and self._num_retractions == num_retractions:
+        if self._waiting and self._free_slots and budget:
             for request, open_slot in self._admit(list(prefilled)):
                 rows.append(self._prefill_row(request, budget, step, open_slot))
                 budget -= rows[-1].num_tokens
@@ -233,7 +233,8 @@ class Scheduler:
 
         A request fits if its own tokens, prompt and to be generated, fit into the free and evictable pages after the
         growth that is expected of the running ones. So its prompt gets all its pages now and only decode rows can ever
-        run out. When nothing runs, the first request always fits: `add` has checked it against the whole pool.
+        run out. When nothing runs, the first request always fits: `add` has checked it against the whole pool. Just
+        after a retraction none does: the one retracted last is first, and needs more than the pages it had.
 
         prefilling  the running requests that have a prefill chunk in this step
         """
@@ -260,9 +261,7 @@ class Scheduler:
             yield request, open_slot
 
     def _match(self, request: Request) -> Node:
-        """The longest cached prefix that the request may use."""
-        if not self._use_cache:
-            return self._cache.root
+        """The longest cached prefix that the request may use: the root, when nothing is ever put in the tree."""
         return self._cache.match(request.page_keys(0, request.max_cached_pages))
 
     def _page_in_work(self, request: Request) -> tuple[Node, bytes] | None:
@@ -283,7 +282,6 @@ class Scheduler:
         request.pages = cached + self._take_pages(num_pages - len(cached))
         request.num_sent = len(cached)
         request.num_computed = node.depth * self._page_size
-        request.decoding = False
         if request.num_cached < 0:
             request.num_cached = request.num_computed
             self._num_cached_tokens += request.num_cached
@@ -353,7 +351,7 @@ class Scheduler:
         self._allocator.free(pages[stop:])
         heapq.heappush(self._free_slots, request.slot)
         del self._running[request.rid]
-        request.slot, request.node, request.pages = -1, None, []
+        request.slot, request.node, request.pages, request.decoding = -1, None, [], False
 
     # ---- results -----------------------------------------------------------------------------------------------------
 

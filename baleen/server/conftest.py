@@ -101,6 +101,10 @@ class FakeEngine(threading.Thread):
         self._stop_wanted.set()
         self.join()
 
+    @property
+    def idle(self) -> bool:
+        return not self._running
+
     def send(self, message: object) -> None:
         self._push.send(msgspec.msgpack.encode(message))
 
@@ -112,8 +116,8 @@ class FakeEngine(threading.Thread):
                 reply = script.reply(message) if callable(script.reply) else script.reply
                 self._running[message.rid] = (message, [*reply, EOS_ID], 0)
             case AbortRequest(rid):
-                script.aborted.append(rid)
-                self._running.pop(rid, None)
+                if self._running.pop(rid, None):
+                    script.aborted.append(rid)
             case FlushCache():
                 self.send(script.flush_answer)
             case Shutdown():
@@ -254,6 +258,7 @@ def _session_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server
 @pytest.fixture
 def server(_session_server: Server) -> Server:
     """A server whose engine is alive, with a fresh script. Tests that break it start their own."""
+    wait_until(lambda: _session_server.client.num_open == 0 and _session_server.engine.idle)
     _session_server.play()
     return _session_server
 
@@ -265,5 +270,3 @@ def wait_until(condition: Callable[[], object], seconds: float = 5.0) -> float:
         assert time.monotonic() - start < seconds, "it never happened"
         time.sleep(0.005)
     return time.monotonic() - start
-
-

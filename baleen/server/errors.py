@@ -47,12 +47,12 @@ def bad_request(param: str, message: str, code: str | None = None) -> ApiError:
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 
 
-def validation_error(error: ValidationError) -> ApiError:
-    """The first complaint of pydantic about a body."""
+def validation_error(error: ValidationError, prefix: str = "") -> ApiError:
+    """The first complaint of pydantic about a body, or about the part of it at `prefix`."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
-    param = field_name(first["loc"])
+    param = prefix + field_name(first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     return bad_request(param, message) if param else ApiError(400, f"the body: {message}")
 

@@ -115,6 +115,7 @@ class Generation:
         self._arrived = arrived
         self._by_rid = {choice.rid: choice for choice in self.choices}
         self._channel = OutputChannel()
+        self._failure: ApiError | None = None  # raised once the pieces before it are read
         requests = [
             GenerateRequest(rid=choice.rid, input_ids=pack_ids(spec.input_ids), sampling=spec.sampling)
             for choice, spec in zip(self.choices, specs)
@@ -123,22 +124,27 @@ class Generation:
 
     @property
     def finished(self) -> bool:
-        return all(choice.finished for choice in self.choices)
+        return self._failure is None and all(choice.finished for choice in self.choices)
 
     async def next(self) -> list[Piece]:
-        """What has arrived, at least one piece. Raises ApiError if the engine failed; the rest is aborted then."""
+        """What has arrived, at least one piece. Raises ApiError where the engine failed; the rest is aborted then."""
         pieces: list[Piece] = []
-        while not pieces:
+        while not pieces and self._failure is None:
             for output in await self._channel.get():
                 choice = self._by_rid[output.rid]
                 if choice.finished:
                     continue  # it was on its way while the stop string was found
                 piece = choice.advance(output)
                 self._count(choice, piece)
-                self._raise_failure(choice, piece)
+                self._failure = _failure(choice, piece)
+                if self._failure is not None:
+                    self.close()
+                    break
                 if piece.finish_reason is not None and output.finish_reason is None:
                     self._client.abort(choice.rid)
                 pieces.append(piece)
+        if not pieces and self._failure is not None:
+            raise self._failure
         return pieces
 
     def close(self) -> None:
@@ -149,14 +155,6 @@ class Generation:
                 self._client.abort(choice.rid)
                 self._metrics.requests.inc()
                 self._metrics.aborted_requests.inc()
-
-    def _raise_failure(self, choice: Choice, piece: Piece) -> None:
-        if piece.finish_reason == "error":
-            self.close()
-            raise ApiError(500, piece.message or "the engine failed", code="engine_error")
-        if piece.finish_reason == "abort" and choice.num_output_tokens == 0:
-            self.close()
-            raise ApiError(503, piece.message or "the engine aborted the request", code="engine_unavailable")
 
     def _count(self, choice: Choice, piece: Piece) -> None:
         metrics, now, num_new = self._metrics, time.perf_counter(), len(piece.token_ids)
@@ -173,6 +171,14 @@ class Generation:
             metrics.prompt_tokens.inc(choice.num_prompt_tokens)
             metrics.cached_tokens.inc(choice.num_cached_tokens)
             metrics.e2e_latency.observe(now - self._arrived)
+
+
+def _failure(choice: Choice, piece: Piece) -> ApiError | None:
+    if piece.finish_reason == "error":
+        return ApiError(500, piece.message or "the engine failed", code="engine_error")
+    if piece.finish_reason == "abort" and choice.num_output_tokens == 0:
+        return ApiError(503, piece.message or "the engine aborted the request", code="engine_unavailable")
+    return None
 
 
 class Service:

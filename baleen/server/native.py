@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
 from fastapi import Request, Response
@@ -76,7 +77,7 @@ class GenerateBody(RequestModel):
     }
     text: Any = None
     input_ids: Any = None
-    sampling_params: GenerateSampling | list[GenerateSampling] | None = None
+    sampling_params: Any = None
     return_logprob: bool | None = None
     top_logprobs_num: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     return_text_in_logprobs: bool | None = None
@@ -97,6 +98,13 @@ class GenerateBody(RequestModel):
             return value
         raise ValueError("must be a non-empty list of token ids, or a list of such lists")
 
+    @field_validator("sampling_params")
+    @classmethod
+    def _params_form(cls, value: Any) -> Any:
+        if value is None or isinstance(value, dict) or _all(value, dict):
+            return value
+        raise ValueError("must be an object, or for a batch a list of objects")
+
     @property
     def is_batch(self) -> bool:
         return isinstance(self.text, list) or (self.input_ids is not None and isinstance(self.input_ids[0], list))
@@ -106,11 +114,13 @@ class GenerateBody(RequestModel):
         prompt = self.text if self.text is not None else self.input_ids
         return prompt if self.is_batch else [prompt]
 
-    @property
+    @cached_property
     def samplings(self) -> list[GenerateSampling]:
-        """One per prompt."""
+        """One per prompt. Raises ApiError 400."""
         given = self.sampling_params
-        return given if isinstance(given, list) else [given or GenerateSampling()] * len(self.prompts)
+        if isinstance(given, list):
+            return [protocol.parse_part(GenerateSampling, p, f"sampling_params[{i}].") for i, p in enumerate(given)]
+        return [protocol.parse_part(GenerateSampling, given or {}, "sampling_params.")] * len(self.prompts)
 
     @property
     def n(self) -> int:
@@ -124,10 +134,8 @@ class GenerateBody(RequestModel):
             message = f"{len(self.samplings)} sets for {len(self.prompts)} prompts"
             raise bad_request("sampling_params", message)
         for i, sampling in enumerate(self.samplings):
-            place = f"sampling_params[{i}]." if isinstance(self.sampling_params, list) else "sampling_params."
-            sampling.refuse_not_built(place)
             if (sampling.n or 1) != self.n:
-                raise bad_request(place + "n", "must be the same for all prompts of a batch")
+                raise bad_request(f"sampling_params[{i}].n", "must be the same for all prompts of a batch")
 
 
 def _all(value: Any, kind: type) -> bool:

@@ -90,6 +90,16 @@ def parse(model: type[M], body: bytes) -> M:
     return request
 
 
+def parse_part(model: type[M], value: Any, prefix: str) -> M:
+    """A JSON object inside a body, already decoded. Raises ApiError 400 naming the field as `prefix` + its name."""
+    try:
+        part = model.model_validate(value)
+    except ValidationError as error:
+        raise validation_error(error, prefix) from None
+    part.refuse_not_built(prefix)
+    return part
+
+
 class SamplingFields(RequestModel):
     """How to choose tokens: the fields all routes share."""
 

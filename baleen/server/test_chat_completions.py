@@ -27,7 +27,11 @@ def test_answer_usage_and_prompt(server: Server) -> None:
     messages = [{"role": "system", "content": "Be brief."}, *HI]
     answer = chat(server, messages=messages)
     choice = answer.choices[0]
-    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", "Hello, 世界 😀!", "stop")
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == (
+        "assistant",
+        "Hello, 世界 😀!",
+        "stop",
+    )
     assert choice.matched_stop == EOS_ID
     assert (answer.object, answer.model) == ("chat.completion", "tiny-whale")
     assert answer.id.startswith("chatcmpl-")
@@ -126,7 +130,9 @@ def test_stop_strings_end_and_abort(server: Server, stream: bool, per_step: int)
         choice = answer.choices[0]
         text = choice.message.content
         letters = server.tokenizer.encode("one two XYZ three four five" * 3)
-        seen = next(n for n in range(len(letters)) if b" XYZ" in b"".join(map(server.tokenizer.token_bytes, letters[:n])))
+        seen = next(
+            n for n in range(len(letters)) if b" XYZ" in b"".join(map(server.tokenizer.token_bytes, letters[:n]))
+        )
         assert answer.usage.completion_tokens == seen
     assert text == "one two"
     assert (choice.finish_reason, choice.matched_stop) == ("stop", " XYZ")
@@ -154,7 +160,11 @@ def test_n_choices_have_their_own_seeds(server: Server) -> None:
 
     script = server.play(reply=reply)
     answer = chat(server, n=3, seed=40)
-    assert [(c.index, c.message.content) for c in answer.choices] == [(0, "answer 40"), (1, "answer 41"), (2, "answer 42")]
+    assert [(c.index, c.message.content) for c in answer.choices] == [
+        (0, "answer 40"),
+        (1, "answer 41"),
+        (2, "answer 42"),
+    ]
     assert answer.usage.prompt_tokens == len(unpack_ids(script.requests[0].input_ids))
     texts = ["", "", ""]
     for chunk in chat(server, n=3, seed=2**63 - 1, stream=True):

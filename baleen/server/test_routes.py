@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from baleen.chat.tokenizer import Tokenizer
 from baleen.config import ConfigError
 from baleen.messages import CacheFlushed, EngineStats
-from baleen.server.conftest import CONTEXT, Server, running_server, wait_until
+from baleen.server.app import create_app
+from baleen.server.conftest import CONTEXT, Server, make_config, running_server, wait_until
+from baleen.server.engine_client import EngineClient
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -116,8 +119,9 @@ def test_generation_config_gives_chat_its_defaults(tmp_path: Path) -> None:
 
 def test_broken_generation_config_is_refused_at_start(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"generation_config\.json"), running_server(tmp_path):
-        pass
+    config = make_config(tmp_path)
+    with pytest.raises(ConfigError, match=r"generation_config\.json"):
+        create_app(config, EngineClient("", ""), Tokenizer.load(config))
 
 
 def test_drawn_seeds_follow_random_seed(tmp_path: Path) -> None:

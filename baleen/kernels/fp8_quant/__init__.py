@@ -2,7 +2,7 @@
 
 The scale of a block is s = 2^ceil(log2(max(amax, 1e-4) / 448)), its values are e4m3(x / s). The division by s is
 exact, so the only error is the rounding to e4m3: at most 2^-4 of the value, and below s * 2^-6 at most s * 2^-10.
-Blocks at the end of a dim that is no multiple of 128 are shorter. A block that holds NaN or infinity dequantises to NaN.
+Blocks at the end of a dim that is no multiple of 128 are shorter. A block with NaN or infinity dequantises to NaN.
 """
 
 from __future__ import annotations

@@ -76,5 +76,5 @@ def _unblock(blocks: Tensor, dim: int) -> Tensor:
 def _scale(amax: Tensor) -> Tensor:
     """2^ceil(log2(max(amax, floor) / 448)); inf for NaN and inf. Exponent bits, plus one if any mantissa bit is set."""
     bits = (amax.clamp(min=AMAX_FLOOR) / FP8_MAX).view(torch.int32)
-    exponent = (bits + 0x7FFFFF) >> 23
+    exponent = (bits >> 23) + (((bits & 0x7FFFFF) + 0x7FFFFF) >> 23)
     return (exponent.clamp(max=0xFF) << 23).view(torch.float32)

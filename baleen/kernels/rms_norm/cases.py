@@ -26,13 +26,15 @@ def _add(rows: int, dim: int, dtype: torch.dtype, weight_dtype: torch.dtype, g: 
 
 
 CASES = [
-    Case(f"{rows}x{dim}-{str(dtype)[6:]}-weight-{str(weight)[6:]}", function,
-         lambda g, make=make, a=(rows, dim, dtype, weight): make(*a, g), rtol=2e-6 if dtype == torch.float32 else 2**-8,
-         atol=1e-6)
+    Case(
+        function,
+        make,
+        (rows, dim, dtype, weight_dtype),
+        rtol=2e-6 if dtype == torch.float32 else 2**-8,
+        atol=1e-6,
+    )
     for function, make in (("rms_norm", _norm), ("add_rms_norm", _add))
     for rows, dim in ((1, 64), (5, 256), (33, 1536))
-    for dtype, weight in (
-        (torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16),
-        (torch.float32, torch.bfloat16),
-    )
-]  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16)
+    for weight_dtype in (torch.float32, torch.bfloat16)
+]

@@ -19,12 +19,15 @@ def _rotation(shape: tuple[int, ...], first: int, dim: int, dtype: torch.dtype, 
 
 
 CASES = [
-    Case(f"{'x'.join(map(str, shape))}-from{first}-dim{dim}-{str(dtype)[6:]}", function,
-         lambda g, a=(shape, first, dim, dtype): _rotation(*a, g),
-         rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=1e-6)
+    Case(function, _rotation, (shape, first, dim, dtype), rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=1e-6)
     for function in ("rope_interleaved", "rope_half")
     for shape, first, dim in (
-        ((1, 64), 0, 64), ((7, 64), 0, 64), ((5, 3, 192), 128, 64), ((5, 3, 128), 0, 64), ((2, 3, 4, 40), 7, 16), ((3, 2), 0, 2)
+        ((1, 64), 0, 64),
+        ((7, 64), 0, 64),
+        ((5, 3, 192), 128, 64),
+        ((5, 3, 128), 0, 64),
+        ((2, 3, 4, 40), 7, 16),
+        ((3, 2), 0, 2),
     )
     for dtype in (torch.float32, torch.bfloat16)
-]  # fmt: skip
+]

@@ -47,9 +47,10 @@ def yarn_table(
     high = min(math.ceil(index_of(beta_slow)), rope_dim - 1)
     # A ramp of no width would divide by zero; this one is a step.
     width = max(high - low, 0.001)
-    divided = ((torch.arange(rope_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    kept = 1 - ((torch.arange(rope_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
     wavelengths = _wavelengths(rope_dim, theta)
-    frequencies = divided / (factor * wavelengths) + (1 - divided) / wavelengths
+    # Rounded in the order of DeepSeek's code: at position 1,000 another order shows in the sixth decimal.
+    frequencies = 1 / (factor * wavelengths) * (1 - kept) + 1 / wavelengths * kept
     amplitude = _attention_factor(factor, mscale) / _attention_factor(factor, mscale_all_dim)
     cos, sin = _angles(max_positions, frequencies)
     return cos * amplitude, sin * amplitude

@@ -1,4 +1,4 @@
-"""The rotations against complex numbers in plain Python and transformers; the tables against transformers and the report."""
+"""The rotations against complex numbers in plain Python and transformers; the tables against transformers."""
 
 from __future__ import annotations
 

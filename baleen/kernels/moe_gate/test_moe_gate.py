@@ -1,0 +1,79 @@
+"""moe_gate against a plain Python router and transformers' module."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DeepseekV32Config
+from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32TopkRouter
+
+from baleen.kernels.dispatch import available
+from baleen.kernels.moe_gate import IMPLEMENTATIONS, moe_gate
+from baleen.kernels.moe_gate.cases import CASES
+from baleen.kernels.testing import Case, check
+
+
+def _route(
+    logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: int, factor: float, norm: bool
+) -> tuple[Tensor, Tensor]:
+    num_experts = logits.shape[1]
+    size = num_experts // n_group
+    ids, weights = [], []
+    # float32 sums, so that what ties there ties here.
+    scores = logits.sigmoid() + bias
+    for row, logit in zip(scores, logits.tolist(), strict=True):
+        groups = []
+        for group in range(n_group):
+            best = row[group * size : (group + 1) * size].sort(descending=True).values[:2]
+            groups.append((-best.sum().item(), group))
+        kept = {group for _, group in sorted(groups)[:topk_group]}
+        order = sorted((-row[e].item(), e) for e in range(num_experts) if e // size in kept)[:top_k]
+        chosen = [expert for _, expert in order]
+        p = [1 / (1 + math.exp(-logit[expert])) for expert in chosen]
+        ids.append(chosen)
+        weights.append([factor * x / (sum(p) if norm else 1.0) for x in p])
+    return torch.tensor(ids, dtype=torch.int64).view(-1, top_k), torch.tensor(weights).view(-1, top_k)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
+def test_against_plain_python(implementation: str, case: Case) -> None:
+    check(IMPLEMENTATIONS, implementation, case, _route)
+
+
+def test_equals_transformers() -> None:
+    config = DeepseekV32Config(
+        hidden_size=32, n_routed_experts=32, num_experts_per_tok=6, n_group=8, topk_group=3, routed_scaling_factor=2.5
+    )
+    router = DeepseekV32TopkRouter(config)
+    router.weight.data = torch.randn(32, 32)
+    router.e_score_correction_bias.data = torch.randn(32) * 0.3
+    logits, oracle_weights, oracle_ids = router(torch.randn(50, 32))
+    ids, weights = moe_gate(logits.detach(), router.e_score_correction_bias, 8, 3, 6, 2.5, config.norm_topk_prob)
+    assert ids.dtype == torch.int64
+    assert weights.dtype == torch.float32
+    order, oracle_order = ids.argsort(1), oracle_ids.argsort(1)
+    assert torch.equal(ids.gather(1, order), oracle_ids.gather(1, oracle_order))
+    torch.testing.assert_close(weights.gather(1, order), oracle_weights.detach().gather(1, oracle_order))
+
+
+def test_excluded_groups_lose_even_to_negative_scores() -> None:
+    """Group 0 has the best pair; its third expert scores -4, below everything in group 1."""
+    logits = torch.tensor([[5.0, 5.0, -20.0, -20.0, 0.0, 0.0, 0.0, 0.0]])
+    bias = torch.tensor([0.0, 0.0, -4.0, -5.0, 0.0, 0.0, 0.0, 0.0])
+    ids, _ = moe_gate(logits, bias, 2, 1, 3, 1.0, True)
+    assert ids.tolist() == [[0, 1, 2]]
+
+
+def test_probabilities_that_all_underflow_weigh_nothing() -> None:
+    _, weights = moe_gate(torch.full((1, 4), -200.0), torch.zeros(4), 1, 1, 2, 2.5, True)
+    assert weights.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize(("n_group", "topk_group", "top_k"), [(3, 1, 1), (4, 5, 1), (4, 2, 5)])
+def test_impossible_choices_are_refused(n_group: int, topk_group: int, top_k: int) -> None:
+    with pytest.raises(ValueError, match="cannot choose"):
+        moe_gate(torch.zeros(1, 8), torch.zeros(8), n_group, topk_group, top_k, 1.0, True)
