@@ -1,6 +1,7 @@
 """baleen: an inference engine and server for the DeepSeek-V3.2 family, built around DeepSeek Sparse Attention.
 
-`LLM` runs the engine offline, `SamplingParams` says how to sample. Importing baleen imports no torch: the names load when used.
+`LLM` runs the engine offline, `SamplingParams` says how to sample. Importing baleen imports no torch: the names load
+when used.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One replica's loop: receive, schedule, run, send.
 
-Step n+1 is scheduled while step n runs: the runner has a thread of its own and always finds the next batch waiting, so the time of
-scheduling, of updating requests and of talking to the API process is hidden behind the forward. Only this file knows of it.
+Step n+1 is scheduled while step n runs: the runner has a thread of its own and always finds the next batch waiting, so
+the time of scheduling, of updating requests and of talking to the API process is hidden behind the forward. Only this
+file knows of it.
 """
 
 from __future__ import annotations
@@ -104,9 +105,7 @@ class Engine:
         return self.scheduler.update(output)
 
     def stats(self) -> EngineStats:
-        return msgspec.structs.replace(
-            self.scheduler.stats(), forward_seconds_total=self.runner.forward_seconds
-        )
+        return msgspec.structs.replace(self.scheduler.stats(), forward_seconds_total=self.runner.forward_seconds)
 
     def close(self) -> None:
         """Wait for the step that runs and end the runner's thread."""
@@ -177,7 +176,10 @@ class EngineProcess:
 
 
 def run_process(config: Config, input_address: str, output_address: str) -> None:
-    """The engine process's main; `launch` starts it. Ends with the parent, whose signals (Ctrl-C, SIGTERM) it leaves to it."""
+    """The engine process's main; `launch` starts it.
+
+    Ends with the parent, whose signals (Ctrl-C, SIGTERM) it leaves to it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:

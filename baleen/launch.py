@@ -29,7 +29,9 @@ STOP_SECONDS = 10.0  # how long the engine has to end after `Shutdown`
 
 
 class _Server(uvicorn.Server):
-    """uvicorn re-raises a signal once it has drained, which would end this process before the engine is stopped; here it does not."""
+    """uvicorn re-raises a signal once it has drained, which would end this process before the engine is stopped; here
+    it does not.
+    """
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -37,7 +39,10 @@ class _Server(uvicorn.Server):
 
 
 def serve(config: Config) -> int:
-    """Serve until SIGTERM or Ctrl-C (drains, returns 0) or until the engine process dies (returns 1). Raises ConfigError."""
+    """Serve until SIGTERM or Ctrl-C (drains, returns 0) or until the engine process dies (returns 1).
+
+    Raises ConfigError.
+    """
     tokenizer = Tokenizer.load(config)
     listener = _listen(config.server.host, config.server.port)
     with tempfile.TemporaryDirectory(prefix="baleen-") as folder:
@@ -55,12 +60,17 @@ def serve(config: Config) -> int:
 
 
 def build_random_checkpoint(folder: Path) -> None:
-    """Make `folder` hold the small random checkpoint; in a process of its own, because it needs torch. Raises ConfigError."""
+    """Make `folder` hold the small random checkpoint; in a process of its own, because it needs torch.
+
+    Raises ConfigError.
+    """
     process = multiprocessing.get_context("spawn").Process(target=_build_main, args=(folder,))
     process.start()
     process.join()
     if process.exitcode:
-        raise ConfigError("--model", f"the random checkpoint in {folder} could not be built", "give a checkpoint folder")
+        raise ConfigError(
+            "--model", f"the random checkpoint in {folder} could not be built", "give a checkpoint folder"
+        )
 
 
 def _build_main(folder: Path) -> None:

@@ -1,4 +1,7 @@
-"""The engine without HTTP: `LLM(model).generate(prompts)`. Tokenizer, scheduler, runner and detokenizer are the server's own."""
+"""The engine without HTTP: `LLM(model).generate(prompts)`.
+
+Tokenizer, scheduler, runner and detokenizer are the server's own.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,8 @@ class LLM:
     """An engine in this process.
 
     model     checkpoint folder
-    settings  any field of `baleen.config`'s sections by name: LLM(path, max_running_requests=8, kv_cache_dtype="bfloat16")
+    settings  any field of `baleen.config`'s sections by name: LLM(path, max_running_requests=8,
+              kv_cache_dtype="bfloat16")
 
     Raises ConfigError for settings that cannot be, WeightError for a checkpoint that cannot be read. Not thread-safe.
     """
@@ -68,11 +72,12 @@ class LLM:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
-        """Continue each prompt: text, or token ids. One `SamplingParams` for all or one each; answers in the prompts' order.
+        """Continue each prompt: text, or token ids. One `SamplingParams` for all or one each; answers in the prompts'
+        order.
 
         Raises ValueError for an empty prompt, one the context cannot hold, or ids outside the vocabulary.
         """
-        batch: list[Prompt] = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)  # type: ignore[arg-type]
+        batch = _as_batch(prompts)
         params = [sampling or SamplingParams()] * len(batch) if not isinstance(sampling, Sequence) else list(sampling)
         if len(params) != len(batch):
             raise ValueError(f"sampling: {len(params)} for {len(batch)} prompts; give one for all or one each")
@@ -143,5 +148,8 @@ class _Running:
         return False
 
 
-def _is_ids(prompts: Any) -> bool:
-    return bool(prompts) and isinstance(prompts[0], int)
+def _as_batch(prompts: Any) -> list[Prompt]:
+    """One prompt, text or ids, becomes a list of one."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]
+    return list(prompts)

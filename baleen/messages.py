@@ -2,8 +2,8 @@
 
 API process -> engine: `GenerateRequest`, `AbortRequest`, `FlushCache`, `Shutdown`.
 engine -> API process: `EngineReady`, `TokenOutputs`, `EngineStats`, `CacheFlushed`.
-scheduler -> runner: `ScheduledBatch`; runner -> scheduler: `StepOutput`. Both hold ints only, so that a batch can be sent to
-the other ranks of a replica as it is.
+scheduler -> runner: `ScheduledBatch`; runner -> scheduler: `StepOutput`. Both hold ints only, so that a batch can be
+sent to the other ranks of a replica as it is.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def unpack_ids(data: bytes) -> list[int]:
     return ids.tolist()
 
 
-# ---- API process -> engine ---------------------------------------------------------------------------------------------
+# ---- API process -> engine
+# ---------------------------------------------------------------------------------------------
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -87,7 +88,8 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 EngineInput = GenerateRequest | AbortRequest | FlushCache | Shutdown
 
 
-# ---- engine -> API process ---------------------------------------------------------------------------------------------
+# ---- engine -> API process
+# ---------------------------------------------------------------------------------------------
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -160,7 +162,8 @@ class CacheFlushed(msgspec.Struct, frozen=True, tag=True):
 EngineOutput = EngineReady | TokenOutputs | EngineStats | CacheFlushed
 
 
-# ---- scheduler <-> runner ----------------------------------------------------------------------------------------------
+# ---- scheduler <-> runner
+# ----------------------------------------------------------------------------------------------
 
 
 class OpenSlot(msgspec.Struct, frozen=True, kw_only=True):
@@ -182,7 +185,8 @@ class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
 
     slot         the request's index in the runner's state, 0 <= slot < max_running_requests
     start        position of the first token computed
-    token_ids    the tokens computed; empty: one token, the last one sampled in this slot (it may still be on the device)
+    token_ids    the tokens computed; empty: one token, the last one sampled in this slot (it may still be on the
+                 device)
     new_pages    page ids appended to the slot's page table before the step, so that every position computed has a page
     sample       sample from the last token's logits
     """
@@ -207,7 +211,8 @@ class ScheduledBatch(msgspec.Struct, frozen=True):
 
 
 class StepOutput(msgspec.Struct, frozen=True):
-    """`token_ids` and `logprobs` have one entry for each row with `sample`, in row order; a row that asked for no logprobs has None.
+    """`token_ids` and `logprobs` have one entry for each row with `sample`, in row order; a row that asked for no
+    logprobs has None.
 
     A token id of -1 says that the row's logits held NaN or infinity; the request ends with an error, the others go on.
     """

@@ -1,4 +1,5 @@
-"""What a CPU does: throughput against transformers, overhead of engine and server, decode time by context. Writes benchmarks/results/.
+"""What a CPU does: throughput against transformers, overhead of engine and server, decode time by context. Writes
+benchmarks/results/.
 
 Run: make bench   (about five minutes on two cores; nothing else should run)
 """
@@ -122,7 +123,9 @@ def metric(text: str, name: str) -> float:
 
 
 async def served_overhead(url: str, batch: int = 8, num_tokens: int = 256) -> dict[str, float]:
-    """Streamed decode of `batch` requests: the engine's step time, and how much of it lies outside the model's forward."""
+    """Streamed decode of `batch` requests: the engine's step time, and how much of it lies outside the model's
+    forward.
+    """
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         running = [asyncio.create_task(complete(client, 100 + i, num_tokens, True)) for i in range(batch)]
         await asyncio.sleep(2.0)  # prefill is over
@@ -171,7 +174,9 @@ class Stopwatch:
 
 
 def decode_by_context(folder: Path) -> list[dict[str, float]]:
-    """One request; milliseconds per decoded token in the indexer (queries, gates, scores, top-k), the attention, and all else."""
+    """One request; milliseconds per decoded token in the indexer (queries, gates, scores, top-k), the attention, and
+    all else.
+    """
     rows = []
     with LLM(str(folder), max_running_requests=1, max_total_tokens=20 * 1024, disable_overlap_schedule=True) as llm:
         watch = Stopwatch()
@@ -250,7 +255,9 @@ def write(result: dict[str, Any]) -> None:
     lines = [
         f"# CPU, {result['date']}",
         "",
-        f"`{result['command']}` on {result['cpu']}; " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".",
+        f"`{result['command']}` on {result['cpu']}; "
+        + ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+        + ".",
         f"Model: {result['model']}.",
         "",
         f"## Throughput, {CONCURRENT} requests of {PROMPT_TOKENS} tokens in, {OUTPUT_TOKENS} out",
@@ -275,7 +282,8 @@ def write(result: dict[str, Any]) -> None:
             for row in result["decode"]
         ),
         "",
-        f"Attention at {last['context']} costs {last['attention_ms'] / first['attention_ms']:.2f} times what it costs at {first['context']}.",
+        f"Attention at {last['context']} costs {last['attention_ms'] / first['attention_ms']:.2f} times what it costs "
+        f"at {first['context']}.",
         "",
     ]
     RESULTS.mkdir(exist_ok=True)

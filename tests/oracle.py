@@ -1,4 +1,6 @@
-"""What the end-to-end tests share: random models saved by `transformers`, its answers, and the logits baleen computes on the way."""
+"""What the end-to-end tests share: random models saved by `transformers`, its answers, and the logits baleen computes
+on the way.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ CONTEXT = 1024
 
 
 def save_model(folder: Path, seed: int, **changes: Any) -> DeepseekV32ForCausalLM:
-    """A random small model, saved by transformers in several shards: 16 index heads, top-k 32 of up to 1024 tokens, yarn active."""
+    """A random small model, saved by transformers in several shards: 16 index heads, top-k 32 of up to 1024 tokens,
+    yarn active.
+    """
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
         "vocab_size": 320,
@@ -139,9 +143,7 @@ class LogitsOf:
 def run_greedy(llm: LLM, prompts: list[list[int]], num_tokens: int) -> tuple[list[Completion], list[dict[int, Tensor]]]:
     """Greedy answers and the logits behind them, request by request."""
     recorder = LogitsOf(llm)
-    answers = llm.generate(
-        prompts, SamplingParams(temperature=0.0, max_new_tokens=num_tokens, ignore_eos=True)
-    )
+    answers = llm.generate(prompts, SamplingParams(temperature=0.0, max_new_tokens=num_tokens, ignore_eos=True))
     return answers, [recorder.logits[rid] for rid in sorted(recorder.logits, key=int)]
 
 

@@ -1,4 +1,6 @@
-"""The shape of the package: who may import whom, who may touch the outside, how long a file or function may be, and the tree in the docs."""
+"""The shape of the package: who may import whom, who may touch the outside, how long a file or function may be, and
+the tree in the docs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The real engine under any schedule: each request gets the tokens it gets alone, and no page is lost or shared by mistake."""
+"""The real engine under any schedule: each request gets the tokens it gets alone, and no page is lost or shared by
+mistake.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ from baleen.flags import default_config
 from baleen.messages import GenerateRequest, SamplingParams, pack_ids
 from tests.oracle import load_reference, random_prompts, save_model, teacher_forced
 
-# Prompts that share prefixes of one, two and no pages, so that the cache has something to give and to evict; most end just before
-# a page does, so that they need another one while they decode.
+# Prompts that share prefixes of one, two and no pages, so that the cache has something to give and to evict; most end
+# just before a page does, so that they need another one while they decode.
 _BASE = random_prompts([200], 5)[0]
 PROMPTS = [
     _BASE[:190],

@@ -1,8 +1,11 @@
-"""Over real HTTP with the `openai` client: a served checkpoint in the official format, from request to tokens and back."""
+"""Over real HTTP with the `openai` client: a served checkpoint in the official format, from request to tokens and
+back.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -193,7 +196,10 @@ def test_bad_input_names_the_field(server: Server, case: str) -> None:
 
 def test_broken_json_unknown_route_and_method(server: Server) -> None:
     for answer, status in (
-        (httpx.post(f"{server.url}/v1/chat/completions", content=b"{", headers={"content-type": "application/json"}), 400),
+        (
+            httpx.post(f"{server.url}/v1/chat/completions", content=b"{", headers={"content-type": "application/json"}),
+            400,
+        ),
         (httpx.get(f"{server.url}/v1/nothing"), 404),
         (httpx.get(f"{server.url}/v1/chat/completions"), 405),
         (httpx.get(f"{server.url}/v1/models/nothing"), 404),
@@ -321,10 +327,8 @@ def test_a_dead_engine_is_noticed(checkpoint: Path, tmp_path: Path) -> None:
         assert not thread.is_alive()
         assert "error" in json.loads(seen[-2].removeprefix("data: "))
         assert seen[-1] == "data: [DONE]"
-        try:
+        with contextlib.suppress(httpx.TransportError):  # already closed
             assert httpx.get(f"{server.url}/health").status_code == 503
-        except httpx.TransportError:
-            pass  # already closed
         assert server.process.wait(5) == 1
         assert time.monotonic() - killed < 5
         assert "SIGKILL" in (tmp_path / "log").read_text()

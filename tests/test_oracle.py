@@ -79,8 +79,10 @@ def test_one_token_at_a_time_through_long_context(tmp_path: Path) -> None:
 
 
 def test_selection_matters(case: tuple) -> None:
-    """The oracle would notice a wrong selection: with the index gates negated the logits are off by far more than the tolerance."""
-    folder, prompts, tokens, logits = case
+    """The oracle would notice a wrong selection: with the index gates negated the logits are off by far more than the
+    tolerance.
+    """
+    folder, prompts, _, logits = case
     with LLM(str(folder)) as llm:
         for layer in llm.engine.runner.model.layers:
             layer.self_attn.indexer.weights_proj.weight.data.neg_()

@@ -6,6 +6,6 @@ selection.py  index logits -> top-k positions
 backend.py    AttentionBackend, what the model calls; the dict of attention kernels
 reference.py  attention in torch: absorbed over the selected rows, or multi-head under the selection mask
 
-May import config, messages and kernels. To add an attention kernel: one file with a class like `reference.ReferenceAttention`,
-one line in `backend.ATTENTION`, its name among the choices of the backend flags.
+May import config, messages and kernels. To add an attention kernel: one file with a class like
+`reference.ReferenceAttention`, one line in `backend.ATTENTION`, its name among the choices of the backend flags.
 """

@@ -64,7 +64,10 @@ class AttentionBackend:
         self.pool.store(layer, metadata.batch.slots, latent, k_pe, index_k)
 
     def select(self, layer: int, metadata: Metadata, q: Tensor, weights: Tensor) -> list[Tensor | None]:
-        """Score and pick. q [T, Hi, D] after rope, weights [T, Hi] float32; see `selection.select`. Needs `store` first."""
+        """Score and pick. q [T, Hi, D] after rope, weights [T, Hi] float32; see `selection.select`.
+
+        Needs `store` first.
+        """
         return [
             select(self.pool, layer, group, q[group.tokens], weights[group.tokens], self.index_topk)
             for group in metadata.groups
@@ -81,7 +84,9 @@ class AttentionBackend:
         return out
 
     def needs_scores(self, metadata: Metadata) -> bool:
-        """False if no query of the step sees more than `index_topk` tokens: the index keys are stored, nothing is scored."""
+        """False if no query of the step sees more than `index_topk` tokens: the index keys are stored, nothing is
+        scored.
+        """
         return any(group.max_length > self.index_topk for group in metadata.groups)
 
 

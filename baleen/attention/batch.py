@@ -57,8 +57,8 @@ class Group:
 def group_batch(batch: ForwardBatch) -> list[Group]:
     """Split a batch into groups: each prefill chunk alone, decode requests by length.
 
-    Decode lengths in a group differ by less than a factor of two (or 256 tokens), which bounds the work spent on padding: one request of
-    131,072 tokens must not make its 63 short neighbours pay for as many.
+    Decode lengths in a group differ by less than a factor of two (or 256 tokens), which bounds the work spent on
+    padding: one request of 131,072 tokens must not make its 63 short neighbours pay for as many.
     """
     order = sorted(range(batch.num_decode), key=lambda r: batch.seq_lens[r])
     groups: list[Group] = []

@@ -1,14 +1,15 @@
 """The paged KV pool: every byte layout of the cache, in one place.
 
-Two buffers a layer share one slot numbering, slot = page * 64 + offset; page 0 takes the writes of padding and is never read.
+Two buffers a layer share one slot numbering, slot = page * 64 + offset; page 0 takes the writes of padding and is never
+read.
 
 latent, per slot      float32 / bfloat16: [latent 512 | k_pe 64]
                       fp8_e4m3, 656 bytes: 512 e4m3 latents | 4 float32 scales (one per 128 latents) | 64 bfloat16 k_pe
 index keys, per page  float32: 64 x 128
                       fp8_e4m3, 8448 bytes: 64 keys of 128 e4m3 | 64 float32 scales, all keys before all scales
 
-The latent is stored after its norm, k_pe after its rope, the index key after norm and rope, and in fp8 after the Hadamard transform.
-Layouts: FlashMLA's and DeepGEMM's documentation of their paged caches.
+The latent is stored after its norm, k_pe after its rope, the index key after norm and rope, and in fp8 after the
+Hadamard transform. Layouts: FlashMLA's and DeepGEMM's documentation of their paged caches.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ class KVPool:
         if dtype == "fp8_e4m3":
             if self.latent_dim % QUANT_BLOCK:
                 raise ValueError(
-                    f"--kv-cache-dtype fp8_e4m3 needs kv_lora_rank to be a multiple of {QUANT_BLOCK}, not {self.latent_dim}"
+                    f"--kv-cache-dtype fp8_e4m3 needs kv_lora_rank to be a multiple of {QUANT_BLOCK}, "
+                    f"not {self.latent_dim}"
                 )
             width = self.latent_dim + self.latent_dim // QUANT_BLOCK * 4 + self.rope_dim * 2
             return PackedLatent.of(_buffer(slots, width, dtype=torch.uint8, device=device), self.latent_dim)
@@ -126,7 +128,10 @@ class KVPool:
         return rows[slots]
 
     def read_index(self, layer: int, page_table: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Index keys of G requests. page_table [G, P] int64 -> keys [G, P*64, 128], scales [G, P*64] float32 or None."""
+        """Index keys of G requests.
+
+        page_table [G, P] int64 -> keys [G, P*64, 128], scales [G, P*64] float32 or None.
+        """
         keys = self.index[layer]
         num_requests = page_table.shape[0]
         if isinstance(keys, PackedIndex):
@@ -138,7 +143,10 @@ class KVPool:
 
 
 def _buffer(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that the system hands out as it is first written; zeroing it all would take it at once. Page 0 alone is zero: rows of -1 may read it."""
+    """Memory that the system hands out as it is first written; zeroing it all would take it at once.
+
+    Page 0 alone is zero: rows of -1 may read it.
+    """
     buffer = torch.empty(*shape, dtype=dtype, device=device)
     buffer[:PAGE_SIZE] = 0
     return buffer

@@ -1,8 +1,9 @@
 """Attention in torch, on any device: the definition of the fast backends and the CPU path.
 
-Two forms of the same sum. Absorbed: the query is taken into the latent space (512 + 64) and attends to the selected rows alone, at a
-cost that does not grow with the context. Multi-head under the selection mask: keys and values of all tokens are expanded from the latents
-(192 and 128 a head), cheaper per pair and without a gather, so the better form for a prefill chunk over a short context.
+Two forms of the same sum. Absorbed: the query is taken into the latent space (512 + 64) and attends to the selected
+rows alone, at a cost that does not grow with the context. Multi-head under the selection mask: keys and values of all
+tokens are expanded from the latents (192 and 128 a head), cheaper per pair and without a gather, so the better form for
+a prefill chunk over a short context.
 """
 
 from __future__ import annotations

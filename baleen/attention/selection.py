@@ -18,8 +18,10 @@ def select(pool: KVPool, layer: int, group: Group, q: Tensor, weights: Tensor, t
 
     q        [G*Q, Hi, D] index queries after rope, float
     weights  [G*Q, Hi] float32 head gates, already times Hi^-0.5 * D^-0.5
-    returns  [G*Q, topk] int64 positions ascending, -1 after the last; None when no query of the group sees more than topk tokens
-    Error:   exact for the keys as stored. With the fp8 index, q is Hadamard-transformed and quantised to e4m3 per head as the keys are.
+    returns  [G*Q, topk] int64 positions ascending, -1 after the last; None when no query of the group sees more than
+             topk tokens
+    Error:   exact for the keys as stored. With the fp8 index, q is Hadamard-transformed and quantised to e4m3 per head
+             as the keys are.
     """
     if group.max_length <= topk:
         return None
@@ -33,7 +35,10 @@ def select(pool: KVPool, layer: int, group: Group, q: Tensor, weights: Tensor, t
 
 
 def visible_positions(group: Group) -> Tensor:
-    """All positions each query token sees: [G*Q, max_length] int64, -1 after the last. The selection when nothing is left out."""
+    """All positions each query token sees: [G*Q, max_length] int64, -1 after the last.
+
+    The selection when nothing is left out.
+    """
     positions = torch.arange(group.max_length, device=group.lengths.device)
     return torch.where(positions < group.lengths[:, None], positions, -1)
 

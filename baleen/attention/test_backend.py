@@ -1,4 +1,6 @@
-"""The backend against a plain loop over queries: any mix of requests, page order, phase and layout gives the same attention."""
+"""The backend against a plain loop over queries: any mix of requests, page order, phase and layout gives the same
+attention.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ HELLO = [
 
 
 def test_published_check_vector() -> None:
-    """The model card's example; its ids are 0, User, hello, Assistant, </think>, ..., eos, User, 1+1=?, Assistant, <think>."""
+    """The model card's example: bos, User, hello, Assistant, </think>, ..., eos, User, 1+1=?, Assistant, <think>."""
     assert encode_messages(HELLO, thinking=True) == (
         "<｜begin▁of▁sentence｜><｜User｜>hello<｜Assistant｜></think>Hello! I am DeepSeek.<｜end▁of▁sentence｜>"
         "<｜User｜>1+1=?<｜Assistant｜><think>"

@@ -10,6 +10,6 @@ shards.py             safetensors headers, index and mapped files; writing shard
 quant.py              the checkpoint formats; conversion between them
 random_checkpoint.py  a small random checkpoint in the official format
 
-May import config, attention and kernels. Parameters are named as in the checkpoint: a module yields a `Target` for each tensor it takes,
-and fused buffers (q_a | kv_a | wk; gate | up; all experts) give out views of themselves.
+May import config, attention and kernels. Parameters are named as in the checkpoint: a module yields a `Target` for each
+tensor it takes, and fused buffers (q_a | kv_a | wk; gate | up; all experts) give out views of themselves.
 """

@@ -1,12 +1,14 @@
 """DeepseekV32ForCausalLM, from token ids to logits.
 
-T is the number of tokens of a step, all requests together. Nothing here knows of ranks, requests or pages: the attention backend does.
+T is the number of tokens of a step, all requests together. Nothing here knows of ranks, requests or pages: the
+attention backend does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +52,10 @@ class DecoderLayer(nn.Module):
 
 
 class MtpLayer(nn.Module):
-    """The multi-token-prediction layer's weights. Embedding and head are the model's own, so the checkpoint's copies are not kept."""
+    """The multi-token-prediction layer's weights.
+
+    Embedding and head are the model's own, so the checkpoint's copies are not kept.
+    """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -71,6 +76,8 @@ class MtpLayer(nn.Module):
 class DeepseekV32ForCausalLM(nn.Module):
     """The whole network. Parameters are empty until `weights.load_weights` fills the targets."""
 
+    cos: Tensor
+    sin: Tensor
     # what a checkpoint may hold and the model leaves: MTP's copies of embedding and head, buffers of old exports
     ignored = ("*.shared_head.head.weight", "model.layers.*.embed_tokens.weight", "*.rotary_emb.inv_freq")
 
@@ -78,12 +85,12 @@ class DeepseekV32ForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, i, dtype, moe=config.is_moe_layer(i)) for i in range(config.num_hidden_layers)
-        )
+        layers = (DecoderLayer(config, i, dtype, moe=config.is_moe_layer(i)) for i in range(config.num_hidden_layers))
+        self.layers = cast("Sequence[DecoderLayer]", nn.ModuleList(layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Embedding(config.vocab_size, config.hidden_size, dtype)
-        self.mtp = nn.ModuleList(MtpLayer(config, dtype) for _ in range(config.num_nextn_predict_layers))
+        mtp = (MtpLayer(config, dtype) for _ in range(config.num_nextn_predict_layers))
+        self.mtp = cast("Sequence[MtpLayer]", nn.ModuleList(mtp))
         cos, sin = _rope_tables(config, max_positions)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)

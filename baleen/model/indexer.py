@@ -1,4 +1,7 @@
-"""The lightning indexer's own weights: key norm and head gates. Its two projections run inside MLA's, which share their inputs."""
+"""The lightning indexer's own weights: key norm and head gates.
+
+Its two projections run inside MLA's, which share their inputs.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ class Linear(nn.Module):
     """y = x W^T, for one checkpoint tensor or several stacked on the output axis.
 
     parts   name -> rows, in order; `targets` gives each name its slice of the weight
-    fp8     the checkpoint holds e4m3 blocks: x is quantised 1x128 as the released model does, the weight was dequantised at load
+    fp8     the checkpoint holds e4m3 blocks: x is quantised 1x128 as the released model does, the weight was
+            dequantised at load
     """
 
     def __init__(self, in_features: int, parts: dict[str, int], *, fp8: bool, dtype: torch.dtype) -> None:

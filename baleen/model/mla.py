@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class MlaAttention(nn.Module):
         )
         # kv_b_proj [H, nope + v, latent]; its halves are used per head and never quantised at run time
         self.kv_b_proj = weight(self.num_heads, self.nope_dim + self.v_dim, self.kv_lora_rank, dtype=dtype)
-        self.kv_b_kind = "linear" if fp8 else "plain"
+        self.kv_b_kind: Literal["linear", "plain"] = "linear" if fp8 else "plain"
         self.o_proj = Linear(self.num_heads * self.v_dim, {"o_proj": config.hidden_size}, fp8=fp8, dtype=dtype)
         self.indexer = Indexer(config, dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ class Experts(nn.Module):
         return torch.zeros_like(x).index_add_(0, tokens, scaled)
 
     def targets(self, prefix: str) -> Iterator[Target]:
-        kind = "linear" if self.fp8 else "plain"
+        kind: Literal["linear", "plain"] = "linear" if self.fp8 else "plain"
         for e in range(self.num_experts):
             for name, dest in (
                 ("gate_proj", self.gate_up.data[e, : self.width]),

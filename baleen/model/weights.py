@@ -82,7 +82,13 @@ def load_weights(model: CheckpointModel, folder: Path, *, progress: bool = True)
     loads, optional_loaded = _match(list(model.checkpoint_tensors()), model.ignored, checkpoint, folder)
     num_bytes = sum(load.num_bytes for load in loads)
     bar = tqdm(
-        total=num_bytes, desc="loading weights", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
+        total=num_bytes,
+        desc="loading weights",
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        disable=not progress,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file gets a line now and then
     )
     with torch.no_grad(), ShardReader() as reader, bar:
         for load in sorted(loads, key=lambda load: (load.stored.path, load.stored.offset)):

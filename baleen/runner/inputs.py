@@ -12,7 +12,8 @@ from baleen.messages import ScheduledBatch, ScheduledRow
 class RequestSlots:
     """What the runner remembers of each running request between steps.
 
-    page_table  [max_running_requests, max_pages] int64 page ids, in order of position; entries past `num_pages[slot]` are stale and never read
+    page_table  [max_running_requests, max_pages] int64 page ids, in order of position; entries past `num_pages[slot]`
+                are stale and never read
     last_ids    [max_running_requests] int64, the id last sampled in the slot; it stays on the device
     """
 

@@ -18,7 +18,8 @@ from baleen.sampling.sampler import Sampler
 
 
 class ModelRunner:
-    """Loads the model of `config`; `execute` runs one step. One thread calls it at a time, steps in the order scheduled.
+    """Loads the model of `config`; `execute` runs one step. One thread calls it at a time, steps in the order
+    scheduled.
 
     forward_seconds  time spent in `execute`'s model forward since start (host clock), for benchmarks and /server_info
     """
@@ -33,7 +34,7 @@ class ModelRunner:
         self.model = DeepseekV32ForCausalLM(config.model, dtype, config.load.context_length)
         report = load_weights(self.model, Path(config.model_path), progress=progress)
         if not report.optional_loaded:
-            self.model.mtp = torch.nn.ModuleList()  # the checkpoint has no MTP layer
+            del self.model.mtp  # the checkpoint has no MTP layer
         self.load_seconds = time.monotonic() - started
         self.backend = make_backend(
             config.model,

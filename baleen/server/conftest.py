@@ -30,7 +30,6 @@ from baleen.messages import (
     CacheFlushed,
     EngineInput,
     EngineReady,
-    EngineStats,
     FlushCache,
     GenerateRequest,
     Shutdown,
@@ -64,7 +63,7 @@ class Script:
     hold: bool = False
     requests: list[GenerateRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
-    flush_answer: CacheFlushed = CacheFlushed(True)
+    flush_answer: CacheFlushed = field(default_factory=lambda: CacheFlushed(True))
 
 
 class FakeEngine(threading.Thread):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 import time
@@ -27,11 +28,11 @@ CHAT = {"model": "default", "messages": HI}
 @pytest.mark.parametrize("after", ["request", "first event"])
 def test_leaving_a_stream_aborts_at_once(server: Server, path: str, after: str) -> None:
     script = server.play("abc" * 60, pause=0.02, hold=after == "request")
-    with server.http() as http, pytest.raises(httpx.ReadTimeout):
-        timeout = httpx.Timeout(0.3 if after == "request" else 20)
-        with http.stream("POST", path, json=ROUTES[path] | {"stream": True}, timeout=timeout) as response:
-            next(response.iter_bytes())
-            raise httpx.ReadTimeout("enough")  # leaves the with blocks, which closes the connection
+    timeout = 0.3 if after == "request" else 20
+    url, body = server.url + path, ROUTES[path] | {"stream": True}
+    with contextlib.suppress(httpx.ReadTimeout), httpx.stream("POST", url, json=body, timeout=timeout) as response:
+        next(response.iter_bytes())
+        assert after == "first event"
     wait_until(lambda: script.aborted, seconds=1.0)
     assert script.aborted == [script.requests[0].rid]
     assert server.client.num_open == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -51,7 +52,7 @@ def test_stream_is_cumulative(server: Server) -> None:
     assert events[-2:] == ["data: [DONE]", ""]
     items = [json.loads(e.removeprefix("data: ")) for e in events[:-2]]
     texts = [item["text"] for item in items]
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:]))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
     assert texts[-1] == "Hello, world "
     assert [item["meta_info"]["finish_reason"] for item in items[:-1]] == [None] * (len(items) - 1)
     assert items[-1]["meta_info"]["finish_reason"] == {"type": "stop", "matched": "STOP"}

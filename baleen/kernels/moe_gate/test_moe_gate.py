@@ -60,6 +60,16 @@ def test_equals_transformers() -> None:
     torch.testing.assert_close(weights.gather(1, order), oracle_weights.detach().gather(1, oracle_order))
 
 
+def test_a_tie_of_the_last_chosen_with_the_first_dropped_goes_to_the_lower_id() -> None:
+    rows, experts, top_k = 100, 64, 6
+    logits = torch.stack([torch.randperm(experts) for _ in range(rows)]).float() / 8
+    order = logits.argsort(1, descending=True)
+    last, dropped = order[:, top_k - 1 : top_k], order[:, top_k : top_k + 1]
+    logits.scatter_(1, dropped, logits.gather(1, last))
+    ids, _ = moe_gate(logits, torch.zeros(experts), 1, 1, top_k, 1.0, True)
+    assert torch.equal(ids[:, -1:], torch.minimum(last, dropped))
+
+
 def test_excluded_groups_lose_even_to_negative_scores() -> None:
     """Group 0 has the best pair; its third expert scores -4, below everything in group 1."""
     logits = torch.tensor([[5.0, 5.0, -20.0, -20.0, 0.0, 0.0, 0.0, 0.0]])

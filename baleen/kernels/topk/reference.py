@@ -37,7 +37,10 @@ def _select(scores: Tensor, k: int) -> Tensor:
     threshold = scores.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
     chosen = scores >= threshold
     rows, columns = chosen.nonzero(as_tuple=True)
-    if _k_of_each(rows, scores.shape[0], k):
+    # A row has at least k, or none if its threshold is NaN: then its number is missing among every k-th.
+    if rows.numel() == scores.shape[0] * k and torch.equal(
+        rows[::k], torch.arange(scores.shape[0], device=rows.device)
+    ):
         return columns.view(-1, k)
     counts = chosen.sum(1)
     if bool((counts < k).any()):
@@ -45,14 +48,6 @@ def _select(scores: Tensor, k: int) -> Tensor:
     tied = (counts > k).nonzero().squeeze(1)
     chosen[tied] = _without_late_ties(scores[tied], threshold[tied], k)
     return chosen.nonzero()[:, 1].view(-1, k)
-
-
-def _k_of_each(rows: Tensor, num_rows: int, k: int) -> bool:
-    """True if the rising list `rows` holds each of 0..num_rows-1 exactly k times."""
-    if rows.numel() != num_rows * k:
-        return False
-    expected = torch.arange(num_rows, device=rows.device)
-    return bool((rows[::k] == expected).all()) and bool((rows[k - 1 :: k] == expected).all())
 
 
 def _without_late_ties(scores: Tensor, threshold: Tensor, k: int) -> Tensor:
