@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import uvicorn
+import uvloop
 
 from baleen.chat.tokenizer import Tokenizer
 from baleen.config import Config, ConfigError
@@ -52,7 +53,7 @@ def serve(config: Config) -> int:
         )
         process.start()
         try:
-            return asyncio.run(_serve(config, tokenizer, listener, process, engine_input, engine_output))
+            return uvloop.run(_serve(config, tokenizer, listener, process, engine_input, engine_output))
         finally:
             if process.is_alive():
                 process.kill()

@@ -133,15 +133,18 @@ class _Running:
             raise ValueError(output.message)
         if done.finish_reason:
             return False
-        before = self.detokenizer.num_tokens
-        done.text += self.detokenizer.push(output.token_ids)
-        read = self.detokenizer.num_tokens - before
-        done.token_ids.extend(output.token_ids[:read])
-        done.logprobs.extend(output.logprobs[:read])
         done.num_prompt_tokens, done.num_cached_tokens = output.num_prompt_tokens, output.num_cached_tokens
+        before = self.detokenizer.num_tokens
+        # the text of a stop token is no part of the answer
+        done.text += self.detokenizer.push(output.token_ids[:-1] if output.matched is not None else output.token_ids)
         if self.detokenizer.matched is not None:
+            read = self.detokenizer.num_tokens - before
+            done.token_ids.extend(output.token_ids[:read])
+            done.logprobs.extend(output.logprobs[:read])
             done.finish_reason, done.stop = "stop", self.detokenizer.matched
             return output.finish_reason is None
+        done.token_ids.extend(output.token_ids)
+        done.logprobs.extend(output.logprobs)
         if output.finish_reason is not None:
             done.text += self.detokenizer.finish()
             done.finish_reason, done.stop = output.finish_reason, output.matched

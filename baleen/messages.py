@@ -135,6 +135,7 @@ class EngineReady(msgspec.Struct, frozen=True, tag=True):
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Counters for /metrics and /server_info; gauges are of now, `*_total` since start.
 
+    num_cached_pages       pages of the prefix cache, of which num_evictable_pages are in no running request's use
     forward_seconds_total  time inside the model's forward; the rest of a busy engine's time is overhead
     """
 
@@ -143,6 +144,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_pages: int = 0
     num_free_pages: int = 0
     num_cached_pages: int = 0
+    num_evictable_pages: int = 0
     num_steps_total: int = 0
     num_prompt_tokens_total: int = 0
     num_cached_tokens_total: int = 0

@@ -108,6 +108,10 @@ class DeepseekV32ForCausalLM(nn.Module):
         """hidden [R, hidden] -> [R, vocab] float32."""
         return linear(hidden, self.lm_head.weight).float()
 
+    def drop_mtp(self) -> None:
+        """The checkpoint has no MTP layer: free what was kept for it."""
+        self.mtp = cast("Sequence[MtpLayer]", nn.ModuleList())
+
     def checkpoint_tensors(self) -> Iterator[Target]:
         """Where each tensor of the checkpoint goes; the MTP layers form one optional group."""
         yield from self.embed_tokens.targets("model.embed_tokens")
@@ -115,8 +119,8 @@ class DeepseekV32ForCausalLM(nn.Module):
             yield from layer.targets(f"model.layers.{i}.")
         yield from self.norm.targets("model.norm")
         yield from self.lm_head.targets("lm_head")
-        for i, layer in enumerate(self.mtp):
-            for target in layer.targets(f"model.layers.{len(self.layers) + i}."):
+        for i, mtp in enumerate(self.mtp):
+            for target in mtp.targets(f"model.layers.{len(self.layers) + i}."):
                 yield replace(target, optional=True)
 
 

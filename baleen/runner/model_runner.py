@@ -34,7 +34,7 @@ class ModelRunner:
         self.model = DeepseekV32ForCausalLM(config.model, dtype, config.load.context_length)
         report = load_weights(self.model, Path(config.model_path), progress=progress)
         if not report.optional_loaded:
-            del self.model.mtp  # the checkpoint has no MTP layer
+            self.model.drop_mtp()
         self.load_seconds = time.monotonic() - started
         self.backend = make_backend(
             config.model,

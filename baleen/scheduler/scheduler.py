@@ -443,6 +443,7 @@ class Scheduler:
             num_pages=self._allocator.num_pages,
             num_free_pages=self._allocator.num_free,
             num_cached_pages=self._cache.num_pages,
+            num_evictable_pages=self._cache.num_evictable,
             num_steps_total=self._num_steps,
             num_prompt_tokens_total=self._num_prompt_tokens,
             num_cached_tokens_total=self._num_cached_tokens,

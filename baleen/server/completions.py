@@ -91,7 +91,6 @@ class _Answer:
         waiting = self._waiting[piece.index]
         waiting.append(piece)
         if not piece.text and piece.finish_reason is None:
-            waiting.clear()
             return b""
         chunk = protocol.Completion(self._id, self._created, self._model, [self._choice(waiting)], self._usage)
         waiting.clear()

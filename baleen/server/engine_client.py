@@ -116,14 +116,19 @@ class EngineClient:
         """Sequences submitted and not ended."""
         return len(self._open)
 
-    def problem(self) -> str | None:
-        """Why no request can be served now; None if all is well."""
+    def refusal(self) -> str | None:
+        """Why no request is taken now; None if it is."""
         if self.dead is not None:
             return self.dead
         if self._draining:
             return "the server is shutting down"
-        if not self.ready.is_set():
-            return "the model is still loading"
+        return None if self.ready.is_set() else "the model is still loading"
+
+    def problem(self) -> str | None:
+        """Why the server is not healthy: `refusal`, or an engine that should speak and does not; None if it is."""
+        refusal = self.refusal()
+        if refusal is not None:
+            return refusal
         silence = time.monotonic() - self._heard
         if self._open and silence > SILENCE_SECONDS:
             return f"the engine has said nothing for {silence:.0f} s"
@@ -135,9 +140,9 @@ class EngineClient:
 
     def submit(self, requests: Sequence[GenerateRequest], channel: OutputChannel) -> None:
         """Send sequences whose outputs shall come to `channel`. Raises ApiError 503 if the engine cannot take them."""
-        problem = self.problem()
-        if problem is not None:
-            raise ApiError(503, problem, code="engine_unavailable")
+        refusal = self.refusal()
+        if refusal is not None:
+            raise ApiError(503, refusal, code="engine_unavailable")
         if not self._open:
             self._heard = time.monotonic()  # silence counts from now: an idle engine need not speak
         for request in requests:
@@ -178,9 +183,9 @@ class EngineClient:
 
     async def flush_cache(self) -> CacheFlushed:
         """Empty the engine's prefix cache, if it can. Raises ApiError 503 if there is no engine."""
-        problem = self.problem()
-        if problem is not None:
-            raise ApiError(503, problem, code="engine_unavailable")
+        refusal = self.refusal()
+        if refusal is not None:
+            raise ApiError(503, refusal, code="engine_unavailable")
         answer: asyncio.Future[CacheFlushed] = asyncio.get_running_loop().create_future()
         self._flushes.append(answer)  # answers come in the order of the questions
         self._send(FlushCache())

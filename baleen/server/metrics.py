@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from baleen.messages import EngineStats
 from baleen.server.engine_client import EngineClient
@@ -50,8 +50,8 @@ class Metrics:
 
 
 def token_usage(stats: EngineStats) -> float:
-    """The share of pages that hold tokens outside the prefix cache; cached pages count as free, also while in use."""
-    held = stats.num_pages - stats.num_free_pages - stats.num_cached_pages
+    """The share of pages that running requests hold; what the prefix cache could give back counts as free."""
+    held = stats.num_pages - stats.num_free_pages - stats.num_evictable_pages
     return held / stats.num_pages if stats.num_pages else 0.0
 
 
@@ -81,3 +81,11 @@ class _EngineGauges:
             gauge = GaugeMetricFamily(f"sglang:{name}", text, labels=["model_name"])
             gauge.add_metric([self._model_name], value)
             yield gauge
+        totals = {
+            "forward_execution_seconds_total": ("Time in the model's forward.", stats.forward_seconds_total),
+            "num_steps_total": ("Engine steps.", stats.num_steps_total),
+        }
+        for name, (text, value) in totals.items():
+            total = CounterMetricFamily(f"sglang:{name}", text, labels=["model_name"])
+            total.add_metric([self._model_name], value)
+            yield total

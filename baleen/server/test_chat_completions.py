@@ -111,7 +111,9 @@ def test_without_thinking_tags_are_content(server: Server) -> None:
 
 def test_thinking_cut_off_by_length_stays_reasoning(server: Server) -> None:
     server.play("still thinking", per_step=3)
-    choice = chat(server, extra_body=THINKING, max_tokens=4).choices[0]
+    answer = chat(server, extra_body=THINKING, max_tokens=4)
+    assert answer.usage.completion_tokens_details.reasoning_tokens == 4
+    choice = answer.choices[0]
     said = server.tokenizer.encode("still thinking")[:4]
     assert choice.message.reasoning_content == b"".join(map(server.tokenizer.token_bytes, said)).decode()
     assert (choice.message.content, choice.finish_reason) == ("", "length")

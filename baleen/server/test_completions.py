@@ -74,8 +74,9 @@ def test_stream_finishes_with_the_last_text(server: Server) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_logprobs_and_offsets(server: Server, stream: bool) -> None:
-    server.play("the 🦊 quick", per_step=2)
+@pytest.mark.parametrize("per_step", [1, 2])
+def test_logprobs_and_offsets(server: Server, stream: bool, per_step: int) -> None:
+    server.play("the 🦊 quick", per_step=per_step)
     answer = complete(server, prompt="a", logprobs=2, stream=stream)
     parts = [c.choices[0] for c in answer] if stream else answer.choices
     tokens = [t for part in parts for t in part.logprobs.tokens]

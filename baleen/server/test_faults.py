@@ -170,6 +170,8 @@ def test_silent_engine_is_not_healthy(tmp_path: Path, monkeypatch: pytest.Monkey
         assert http.get("/health").status_code == 200  # an idle engine need not speak
         results: dict[str, Any] = {}
         thread = start(results, "a", lambda: server.openai().chat.completions.create(**CHAT))
+        wait_until(lambda: server.client.num_open == 1)
+        assert http.get("/health").status_code == 200  # its time starts with the request
         wait_until(lambda: http.get("/health").status_code == 503)
         assert "has said nothing" in http.get("/health").json()["error"]["message"]
         script.hold = False

@@ -35,7 +35,7 @@ def test_models(server: Server) -> None:
 
 
 def test_infos_have_the_keys_that_sglang_clients_read(server: Server) -> None:
-    server.engine.send(EngineStats(num_pages=10, num_free_pages=4, num_cached_pages=1, num_running=2))
+    server.engine.send(EngineStats(num_pages=10, num_free_pages=4, num_cached_pages=3, num_evictable_pages=1, num_running=2))
     wait_until(lambda: server.client.stats.num_running == 2)
     with server.http() as http:
         info = http.get("/server_info").json()
@@ -72,7 +72,8 @@ def test_metrics_count_requests(tmp_path: Path) -> None:
                 num_waiting=4,
                 num_pages=100,
                 num_free_pages=30,
-                num_cached_pages=20,
+                num_cached_pages=25,
+                num_evictable_pages=20,
                 num_prompt_tokens_total=200,
                 num_cached_tokens_total=50,
             )

@@ -23,11 +23,11 @@ def dequantize_1x128(values: Tensor, scale: Tensor) -> Tensor:
     dim = values.shape[-1]
     if scale.shape[-1] != -(-dim // BLOCK):
         raise ValueError(f"fp8_quant: {scale.shape[-1]} scales for {dim} values, expected {-(-dim // BLOCK)}")
-    return _unblock(_blocks(values) * scale[..., None], dim)
+    return _unblock(_blocks(values).mul_(scale[..., None]), dim)
 
 
 def round_1x128(x: Tensor) -> Tensor:
-    # Five times the speed of two casts. Adding and taking away 1.5 * 2^(e+20) rounds a float32 of exponent e to the 3
+    # Five times as fast as two casts. Adding and taking away 1.5 * 2^(e+20) rounds a float32 of exponent e to the 3
     # mantissa bits of e4m3, ties to even; exponents below -6, its smallest, all round to multiples of 2^-9.
     blocks = _blocks(x)
     scale = _scale(blocks.abs().amax(-1, keepdim=True))
@@ -51,7 +51,7 @@ def dequantize_128x128(weight: Tensor, weight_scale_inv: Tensor) -> Tensor:
     expected = (-(-rows // BLOCK), -(-cols // BLOCK))
     if tuple(weight_scale_inv.shape) != expected:
         raise ValueError(f"fp8_quant: weight_scale_inv is {list(weight_scale_inv.shape)}, expected {list(expected)}")
-    out = weight.float()
+    out = widen(weight)
     by_column = weight_scale_inv.float().repeat_interleave(BLOCK, 1)[:, :cols]
     full = rows // BLOCK
     out[: full * BLOCK].unflatten(0, (full, BLOCK)).mul_(by_column[:full, None])
@@ -60,9 +60,24 @@ def dequantize_128x128(weight: Tensor, weight_scale_inv: Tensor) -> Tensor:
     return out
 
 
+def widen(values: Tensor) -> Tensor:
+    """float8_e4m3fn -> float32 of the same shape, exactly; on a CPU seven times faster than the cast.
+
+    The codes moved up by 7 bits, sign to the top, are the float16 of value / 2^8, subnormals included; only NaN, code
+    0x7f, would become 480.
+    """
+    codes = values.view(torch.int8)
+    halves = codes.to(torch.int16).mul_(1 << 7).bitwise_and_(~0x4000).view(torch.float16)
+    out = halves.float().mul_(2.0**8)
+    magnitudes = codes & 0x7F
+    if magnitudes.numel() and int(magnitudes.amax()) == 0x7F:
+        out.masked_fill_(magnitudes == 0x7F, torch.nan)
+    return out
+
+
 def _blocks(x: Tensor) -> Tensor:
     """[..., K] -> float32 [..., ceil(K/128), 128], zeros after the end: they change no amax."""
-    x = x.float()
+    x = widen(x) if x.dtype == torch.float8_e4m3fn else x.float()
     missing = -x.shape[-1] % BLOCK
     if missing:
         x = F.pad(x, (0, missing))

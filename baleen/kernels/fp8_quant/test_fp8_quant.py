@@ -144,6 +144,18 @@ def test_a_block_with_a_bad_value_is_bad_as_a_whole_and_alone(bad: float) -> Non
         assert torch.equal(result[1], x[1])
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.75])
+def test_every_code_dequantizes_to_its_value(scale: float) -> None:
+    codes = torch.arange(256).to(torch.uint8).view(2, 128).view(torch.float8_e4m3fn)
+    expected = torch.tensor([_decode(code) for code in range(256)]).view(2, 128) * scale
+    by_row = dequantize_1x128(codes, torch.full((2, 1), scale))
+    by_block = dequantize_128x128(codes, torch.full((1, 1), scale))
+    for got in (by_row, by_block):
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+        assert torch.equal(got.signbit()[~got.isnan()], expected.signbit()[~got.isnan()])
+
+
 def test_weights_round_trip_within_the_bound_and_exactly_the_second_time() -> None:
     weight = torch.randn(192, 300)
     values, scale = quantize_128x128(weight)

@@ -1,4 +1,4 @@
-"""The lightning indexer's scores of every cached token for every query token. Imports: kernels.dispatch."""
+"""The lightning indexer's scores of every cached token for every query token. Imports: kernels.{dispatch,fp8_quant}."""
 
 from __future__ import annotations
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from baleen.kernels.fp8_quant.reference import widen
+
 # Products of one chunk, and its keys where FP8 has to be widened.
 SCRATCH_BYTES = 2 << 20
 KEYS_PER_CHUNK = 512
 
 
 def index_logits(q: Tensor, weights: Tensor, keys: Tensor, key_scales: Tensor | None) -> Tensor:
+    q = _float32(q)
     logits = torch.empty(q.shape[0], q.shape[1], keys.shape[1], dtype=torch.float32, device=q.device)
     if q.shape[1] == 1:
-        _one_query_each(q[:, 0].float(), weights[:, 0], keys, logits[:, 0])
+        _one_query_each(q[:, 0], weights[:, 0], keys, logits[:, 0])
     else:
         for request in range(q.shape[0]):
-            _many_queries(q[request].float(), weights[request], keys[request], logits[request])
+            _many_queries(q[request], weights[request], keys[request], logits[request])
     return logits if key_scales is None else logits.mul_(key_scales.unsqueeze(1))
 
 
@@ -28,7 +31,7 @@ def _one_query_each(q: Tensor, weights: Tensor, keys: Tensor, logits: Tensor) ->
     step = max(SCRATCH_BYTES // (4 * num_requests * (num_heads + widened)), 1)
     for start in range(0, keys.shape[1], step):
         chunk = slice(start, start + step)
-        products = torch.bmm(keys[:, chunk].float(), queries).relu_()
+        products = torch.bmm(_float32(keys[:, chunk]), queries).relu_()
         torch.bmm(products, gates, out=logits[:, chunk, None])
 
 
@@ -40,8 +43,12 @@ def _many_queries(q: Tensor, weights: Tensor, keys: Tensor, logits: Tensor) -> N
     step = max(SCRATCH_BYTES // (4 * num_heads * max(num_columns, 1)), 1)
     for start in range(0, keys.shape[0], KEYS_PER_CHUNK):
         columns = slice(start, start + KEYS_PER_CHUNK)
-        chunk = keys[columns].float().t()
+        chunk = _float32(keys[columns]).t()
         for first in range(0, num_queries, step):
             rows = slice(first, first + step)
             products = torch.mm(q[rows].reshape(-1, head_dim), chunk).relu_()
             torch.bmm(gates[rows], products.unflatten(0, (-1, num_heads)), out=logits[rows, None, columns])
+
+
+def _float32(x: Tensor) -> Tensor:
+    return widen(x) if x.dtype == torch.float8_e4m3fn else x

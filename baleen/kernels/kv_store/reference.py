@@ -22,8 +22,10 @@ def store_latent_fp8(values: Tensor, scales: Tensor, rope: Tensor, slots: Tensor
 
 
 def gather_latent_fp8(values: Tensor, scales: Tensor, rope: Tensor, slots: Tensor) -> Tensor:
-    quantized = values.view(torch.uint8)[slots].view(torch.float8_e4m3fn)
-    return torch.cat((dequantize_1x128(quantized, scales[slots]), rope[slots].float()), dim=1)
+    # index_select copies whole rows; indexing with [slots] goes byte by byte, 14 times slower.
+    quantized = values.view(torch.uint8).index_select(0, slots).view(torch.float8_e4m3fn)
+    latent = dequantize_1x128(quantized, scales.index_select(0, slots))
+    return torch.cat((latent, rope.index_select(0, slots).float()), dim=1)
 
 
 def store_index_fp8(keys: Tensor, scales: Tensor, slots: Tensor, k: Tensor) -> None:
@@ -38,8 +40,11 @@ def store_index_fp8(keys: Tensor, scales: Tensor, slots: Tensor, k: Tensor) -> N
 
 
 def gather_index_fp8(keys: Tensor, scales: Tensor, page_table: Tensor) -> tuple[Tensor, Tensor]:
-    gathered = keys.view(torch.uint8)[page_table].view(torch.float8_e4m3fn)
-    return gathered.flatten(1, 2), scales[page_table].flatten(1)
+    pages = page_table.flatten()
+    gathered = keys.view(torch.uint8).index_select(0, pages).view(torch.float8_e4m3fn)
+    return gathered.view(page_table.shape[0], -1, keys.shape[2]), scales.index_select(0, pages).view(
+        page_table.shape[0], -1
+    )
 
 
 def _without_padding(slots: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
