@@ -48,7 +48,10 @@ class Engine:
 
     def __init__(self, config: Config, *, progress: bool = False) -> None:
         torch.manual_seed(config.load.random_seed)
-        self.runner = ModelRunner(config, progress=progress)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="runner")
+        # In its own thread from the start: each thread that runs parallel torch code gets a pool of OpenMP threads, and
+        # two pools on the same cores make every barrier several times slower.
+        self.runner = self._thread.submit(ModelRunner, config, progress=progress).result()
         self.scheduler = Scheduler(
             num_pages=self.runner.num_pages,
             page_size=config.cache.page_size,
@@ -61,7 +64,6 @@ class Engine:
             eos_token_ids=config.model.eos_token_ids,
         )
         self.overlap = not config.scheduler.disable_overlap_schedule
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="runner")
         self._running: Future[StepOutput] | None = None
         self._outputs: list[TokenOutput] = []
 
