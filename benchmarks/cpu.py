@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 PORT = 30917
 PROMPT_TOKENS, OUTPUT_TOKENS, CONCURRENT = 128, 64, 16
 CONTEXTS = (1024, 4096, 16384)
-DECODE_STEPS = 32
+DECODE_STEPS, DECODE_ROUNDS = 32, 8
 
 
 def random_ids(length: int, seed: int) -> list[int]:
@@ -156,10 +157,23 @@ async def served_overhead(url: str, batch: int = 8, num_tokens: int = 256) -> di
 
 
 class Stopwatch:
-    """Adds up the time spent in the calls it wraps."""
+    """Times the calls it wraps, step by step: `steps` holds one dict of seconds by name for each decode step."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, runner: Any) -> None:
+        self.steps: list[dict[str, float]] = []
+        self._now: dict[str, float] = {}
+        execute = runner.execute
+
+        def timed_step(batch: Any) -> Any:
+            self._now = {}
+            started = time.perf_counter()
+            result = execute(batch)
+            self._now["step"] = time.perf_counter() - started
+            if not any(row.token_ids for row in batch.rows):
+                self.steps.append(self._now)
+            return result
+
+        runner.execute = timed_step
 
     def wrap(self, owner: Any, method: str, name: str) -> None:
         call: Callable[..., Any] = getattr(owner, method)
@@ -167,51 +181,48 @@ class Stopwatch:
         def timed(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
             result = call(*args, **kwargs)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            self._now[name] = self._now.get(name, 0.0) + time.perf_counter() - started
             return result
 
         object.__setattr__(owner, method, timed)
 
 
+def median_ms(steps: list[dict[str, float]], name: str) -> float:
+    return 1e3 * statistics.median(step.get(name, 0.0) for step in steps)
+
+
 def decode_by_context(folder: Path) -> list[dict[str, float]]:
-    """One request; milliseconds per decoded token in the indexer (queries, gates, scores, top-k), the attention, and
-    all else.
+    """One request; milliseconds per decoded token in the indexer, the attention, and all else: medians over the steps.
+
+    The indexer is its queries, gates, scores and top-k; its projections run inside MLA's and count as rest.
+    The contexts take turns, so that a slow minute of the machine falls on all of them; their prompts stay cached.
     """
     rows = []
-    with LLM(str(folder), max_running_requests=1, max_total_tokens=20 * 1024, disable_overlap_schedule=True) as llm:
-        watch = Stopwatch()
+    with LLM(str(folder), max_running_requests=1, max_total_tokens=24 * 1024) as llm:
         runner = llm.engine.runner
-        watch.wrap(runner, "execute", "step")
+        watch = Stopwatch(runner)
         watch.wrap(runner.backend, "select", "indexer")
         watch.wrap(runner.backend, "attend", "attention")
         for layer in runner.model.layers:
             watch.wrap(layer.self_attn.indexer, "queries", "indexer")
             watch.wrap(layer.self_attn.indexer, "gates", "indexer")
+        steps: dict[int, list[dict[str, float]]] = {context: [] for context in CONTEXTS}
+        for _ in range(DECODE_ROUNDS):
+            for context in CONTEXTS:
+                watch.steps.clear()
+                prompt = random_ids(context - DECODE_STEPS, context)
+                llm.generate(prompt, SamplingParams(temperature=0, max_new_tokens=DECODE_STEPS, ignore_eos=True))
+                steps[context] += watch.steps
         for context in CONTEXTS:
-            prompt = random_ids(context - DECODE_STEPS - 2, context)
-            sampling = SamplingParams(temperature=0, max_new_tokens=DECODE_STEPS, ignore_eos=True)
-            llm.generate(prompt[:-64], SamplingParams(temperature=0, max_new_tokens=1, ignore_eos=True))
-            llm.generate(prompt, SamplingParams(temperature=0, max_new_tokens=1, ignore_eos=True))
-            best: dict[str, float] = {}
-            for _ in range(5):
-                watch.seconds.clear()
-                llm.generate(prompt, SamplingParams(temperature=0, max_new_tokens=1, ignore_eos=True))
-                prefill = dict(watch.seconds)
-                watch.seconds.clear()
-                llm.generate(prompt, sampling)
-                steps = DECODE_STEPS - 1
-                each = {k: 1e3 * (v - prefill.get(k, 0.0)) / steps for k, v in watch.seconds.items()}
-                if not best or each["step"] < best["step"]:
-                    best = each
-            indexer, attention = best.get("indexer", 0.0), best["attention"]
+            token, indexer, attention = (median_ms(steps[context], name) for name in ("step", "indexer", "attention"))
             rows.append(
                 {
                     "context": context,
-                    "token_ms": best["step"],
+                    "token_ms": token,
                     "indexer_ms": indexer,
                     "attention_ms": attention,
-                    "rest_ms": best["step"] - indexer - attention,
-                    "indexer_percent": 100 * indexer / best["step"],
+                    "rest_ms": token - indexer - attention,
+                    "indexer_percent": 100 * indexer / token,
                 }
             )
     return rows
