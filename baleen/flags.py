@@ -284,7 +284,7 @@ def _resolve(given: dict[str, _Given], environ: Mapping[str, str], hardware: Har
     _refuse_unbuilt(r)
     folder, model = _find_model(r, environ, dry_run)
     _load(r, model)
-    _attention(r)
+    _attention(r, model)
     _sizes(r)
     _cache(r, model)
     config, plan = _fit(r, folder, model, hardware.memory_bytes)
@@ -389,11 +389,12 @@ def _load(r: _Resolver, model: ModelConfig) -> None:
     r.choose("load.random_seed", seed, "drawn at start; give it to repeat a run")
 
 
-def _attention(r: _Resolver) -> None:
+def _attention(r: _Resolver, model: ModelConfig) -> None:
     r.choose("attention.attention_backend", "dsa", "the model has an indexer (index_topk)")
     for key in ("prefill_backend", "decode_backend", "topk_backend", "moe_runner_backend", "kernels"):
         r.choose(f"attention.{key}", "reference", "plain torch, the one for a CPU")
-    r.choose("attention.dense_prefill_threshold", 4096, "on a CPU, masked dense prefill is faster up to about here")
+    crossover = 4 * model.index_topk
+    r.choose("attention.dense_prefill_threshold", crossover, "4 index_topk: masked multi-head prefill is faster up to here")
 
 
 def _round_up(value: int) -> int:

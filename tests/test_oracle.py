@@ -20,6 +20,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "one-shot prefill": {"chunked_prefill_size": 1024},
     "odd chunks": {"chunked_prefill_size": 64, "max_running_requests": 5, "disable_radix_cache": True},
     "absorbed prefill": {"dense_prefill_threshold": 0},
+    "multi-head prefill under the mask": {"dense_prefill_threshold": 4096},
     "no overlap": {"disable_overlap_schedule": True},
     "retraction": {"max_total_tokens": 13 * 64, "schedule_conservativeness": 0.01},
 }
