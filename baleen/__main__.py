@@ -66,14 +66,17 @@ def serve(argv: list[str], environ: Mapping[str, str]) -> int:
     if resolution.dry_run:
         print(describe(resolution))
         return 2 if resolution.refusals else 0
-    for line in resolution.warnings:
+    level = resolution.config.server.log_level
+    for line in resolution.warnings if level != "error" else ():
         print(f"baleen: warning: {line}", file=sys.stderr)
     for line in resolution.refusals:
         _complain(line)
     if resolution.refusals:
         return 2
-    for key, reason in resolution.reasons.items():
-        print(f"baleen: {key} = {_setting(resolution, key)}: {reason}", file=sys.stderr)
+    if level in ("debug", "info"):
+        print("baleen: what was left open became (every setting: --dry-run):", file=sys.stderr)
+        for key, reason in resolution.reasons.items():
+            print(f"  {_flag(key) + ' ' + _setting(resolution, key):<38}  {reason}", file=sys.stderr)
     from baleen import launch
 
     return launch.serve(resolution.config)
@@ -100,12 +103,20 @@ def describe(resolution: flags.Resolution) -> str:
         for field in dataclasses.fields(section):
             key = f"{name}.{field.name}"
             reason = f"  # {resolution.reasons[key]}" if key in resolution.reasons else ""
-            lines.append(f"  {field.name:<28}{_setting(resolution, key):<20}{reason}".rstrip())
+            lines.append(f"  {_flag(key):<34}{_setting(resolution, key):<18}{reason}".rstrip())
     lines += ["", "memory plan:", resolution.plan.table()]
     for title, items in (("warnings", resolution.warnings), ("refused", resolution.refusals)):
         if items:
             lines += ["", f"{title}:", *(f"  {item}" for item in items)]
     return "\n".join(lines)
+
+
+def _flag(key: str) -> str:
+    """What a user writes to set "section.field"."""
+    section, name = key.split(".")
+    declared = {field.name: field for field in dataclasses.fields(SECTIONS[section])}[name]
+    variables = [variable for variable, target in flags.ENVIRONMENT.items() if target == key]
+    return str((*declared.metadata["flags"], *variables)[0])
 
 
 def _setting(resolution: flags.Resolution, key: str) -> str:

@@ -37,7 +37,7 @@ def main(
     url    where the server listens, with or without /v1
     model  None: the first one the server lists
     """
-    url = url.rstrip("/").removesuffix("/v1")
+    url = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     options: dict[str, Any] = {"chat_template_kwargs": {"thinking": thinking}}
     if max_tokens is not None:

@@ -67,19 +67,21 @@ def _user_cache(environ: Mapping[str, str]) -> Path:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a checkpoint folder."""
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            "--model", f"{folder} has no config.json", "give a checkpoint folder in Hugging Face format"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError("--model", f"cannot read {path}: {error}", "download the checkpoint again") from None
-    if not isinstance(raw, dict):
-        raise ConfigError("--model", f"{path} is not a JSON object", "download the checkpoint again")
+    if not (folder / "config.json").exists():
+        raise ConfigError("--model", f"{folder} has no config.json", "give a checkpoint folder in Hugging Face format")
+    raw = _read_object(folder / "config.json")
     # ModelOpt writes its quantisation beside config.json.
     beside = folder / "hf_quant_config.json"
     if beside.is_file() and "quantization_config" not in raw:
-        raw["quantization_config"] = json.loads(beside.read_text(encoding="utf-8")).get("quantization", {})
+        raw["quantization_config"] = _read_object(beside).get("quantization", {})
+    return raw
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError("--model", f"cannot read {path}: {error}", "download the checkpoint again") from None
+    if not isinstance(raw, dict):
+        raise ConfigError("--model", f"{path} is not a JSON object", "download the checkpoint again")
     return raw

@@ -394,7 +394,12 @@ class ServerConfig:
     api_key: str | None = opt(
         None, "--api-key", needs="API keys (put a proxy before the server)", secret=True, help="bearer token"
     )
-    log_level: str = opt("info", "--log-level", choices=("debug", "info", "warning", "error"), help="of every process")
+    log_level: str = opt(
+        "info",
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        help="debug shows each HTTP request; warning and error, less than info",
+    )
     tokenizer_worker_num: int = opt(
         1, "--tokenizer-worker-num", least=1, needs="more than one API process", help="API processes"
     )

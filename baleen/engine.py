@@ -12,10 +12,10 @@ import multiprocessing
 import signal
 import sys
 import time
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
-import torch
 import zmq
 
 from baleen.config import Config
@@ -47,7 +47,6 @@ class Engine:
     """
 
     def __init__(self, config: Config, *, progress: bool = False) -> None:
-        torch.manual_seed(config.load.random_seed)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="runner")
         # In its own thread from the start: each thread that runs parallel torch code gets a pool of OpenMP threads, and
         # two pools on the same cores make every barrier several times slower.
@@ -64,12 +63,12 @@ class Engine:
             eos_token_ids=config.model.eos_token_ids,
         )
         self.overlap = not config.scheduler.disable_overlap_schedule
-        self._running: Future[StepOutput] | None = None
+        self._running: deque[Future[StepOutput]] = deque()  # in step order: one, two for a moment within `step`
         self._outputs: list[TokenOutput] = []
 
     @property
     def has_work(self) -> bool:
-        return self._running is not None or bool(self._outputs) or self.scheduler.has_work()
+        return bool(self._running or self._outputs) or self.scheduler.has_work()
 
     def add(self, request: GenerateRequest) -> None:
         """Queue a request; if it can never run, the next `step` returns its error."""
@@ -88,23 +87,26 @@ class Engine:
         return self.scheduler.flush_cache()
 
     def step(self) -> list[TokenOutput]:
-        """Start the next step and return what the one before it brought. Raises what the runner raised."""
-        outputs, self._outputs = self._outputs, []
-        if self._running is not None and not self.overlap:
-            outputs += self._finish()
-        batch = self.scheduler.schedule()
-        before = self._running
-        started = None if batch is None else self._thread.submit(self.runner.execute, batch)
-        if before is not None:
-            outputs += self._finish()
-        self._running = started
-        return outputs
+        """Start the next step and return what the one before it brought. Raises what the runner raised.
 
-    def _finish(self) -> list[TokenOutput]:
-        assert self._running is not None
-        output = self._running.result()
-        self._running = None
-        return self.scheduler.update(output)
+        May be interrupted (Ctrl-C) while it waits for the runner: the next call goes on from there.
+        """
+        outputs, self._outputs = self._outputs, []
+        if not self.overlap:
+            outputs += self._finish(leave=0)
+        batch = self.scheduler.schedule()
+        if batch is not None:
+            self._running.append(self._thread.submit(self.runner.execute, batch))
+        return outputs + self._finish(leave=0 if batch is None else 1)
+
+    def _finish(self, leave: int) -> list[TokenOutput]:
+        """Wait for the oldest steps, all but the last `leave`."""
+        outputs: list[TokenOutput] = []
+        while len(self._running) > leave:
+            output = self._running[0].result()
+            self._running.popleft()
+            outputs += self.scheduler.update(output)
+        return outputs
 
     def stats(self) -> EngineStats:
         return msgspec.structs.replace(self.scheduler.stats(), forward_seconds_total=self.runner.forward_seconds)

@@ -162,7 +162,10 @@ def _parse(argv: list[str]) -> tuple[dict[str, _Given], bool]:
             nargs = 0 if _kind(key) is bool else None
             metavar = {int: "N", float: "X", str: "NAME" if setting.metadata["choices"] else "TEXT"}.get(_kind(key))
             choices = f" [{', '.join(setting.metadata['choices'])}]" if setting.metadata["choices"] else ""
-            text = (setting.metadata["help"] + choices).replace("%", "%%")
+            works = [value for value in setting.metadata["built"] if value != AUTO]
+            built = f" (built: {', '.join(works)})" if works else " (not built yet)"
+            text = setting.metadata["help"] + choices + (built if setting.metadata["needs"] else "")
+            text = text.replace("%", "%%")
             group.add_argument(
                 *setting.metadata["flags"], dest=key, action=_Record, nargs=nargs, metavar=metavar, help=text
             )
@@ -394,7 +397,9 @@ def _attention(r: _Resolver, model: ModelConfig) -> None:
     for key in ("prefill_backend", "decode_backend", "topk_backend", "moe_runner_backend", "kernels"):
         r.choose(f"attention.{key}", "reference", "plain torch, the one for a CPU")
     crossover = 4 * model.index_topk
-    r.choose("attention.dense_prefill_threshold", crossover, "4 index_topk: masked multi-head prefill is faster up to here")
+    r.choose(
+        "attention.dense_prefill_threshold", crossover, "4 index_topk: masked multi-head prefill is faster up to here"
+    )
 
 
 def _round_up(value: int) -> int:
@@ -413,7 +418,7 @@ def _sizes(r: _Resolver) -> None:
             chunk_key, f"{chunk} is not a positive multiple of {PAGE_SIZE}", "write e.g. 512, or -1 for whole prompts"
         )
     most = 64 if chunk == AUTO else min(64, chunk // 2)
-    r.choose(running_key, most, "64 on a CPU, and at most half of chunked_prefill_size")
+    r.choose(running_key, most, "64 on a CPU, and at most half of --chunked-prefill-size")
     running = r[running_key]
     r.choose(
         chunk_key, max(512, _round_up(running + PAGE_SIZE)), "512 on a CPU, and room beside a token of each request"
@@ -475,4 +480,4 @@ def _fit(r: _Resolver, folder: str, model: ModelConfig, available: int) -> tuple
 
 
 def _gib(size: int) -> str:
-    return f"{size / memory_plan.GIB:,.1f} GiB"
+    return f"{size / memory_plan.GIB:,.1f} GiB" if size >= memory_plan.GIB else f"{size / 2**20:.0f} MiB"

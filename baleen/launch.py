@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -25,6 +29,7 @@ from baleen.server.app import create_app
 from baleen.server.engine_client import EngineClient
 
 DRAIN_SECONDS = 600  # how long SIGTERM waits for open requests
+SLOW_CLIENT_SECONDS = 10.0  # how long SIGTERM waits for clients to send or to read the rest, when nothing runs any more
 FAIL_SECONDS = 2.0  # how long open responses have to carry the error away once the engine is dead
 STOP_SECONDS = 10.0  # how long the engine has to end after `Shutdown`
 
@@ -48,10 +53,7 @@ def serve(config: Config) -> int:
     listener = _listen(config.server.host, config.server.port)
     with tempfile.TemporaryDirectory(prefix="baleen-") as folder:
         engine_input, engine_output = f"ipc://{folder}/in", f"ipc://{folder}/out"
-        process = multiprocessing.get_context("spawn").Process(
-            target=_engine_main, args=(config, engine_input, engine_output), name="baleen-engine"
-        )
-        process.start()
+        process = _start(_engine_main, config, engine_input, engine_output)
         try:
             return uvloop.run(_serve(config, tokenizer, listener, process, engine_input, engine_output))
         finally:
@@ -65,22 +67,57 @@ def build_random_checkpoint(folder: Path) -> None:
 
     Raises ConfigError.
     """
-    process = multiprocessing.get_context("spawn").Process(target=_build_main, args=(folder,))
-    process.start()
-    process.join()
+    process = _start(_build_main, folder)
+    try:
+        process.join()
+    finally:
+        process.kill()
     if process.exitcode:
         raise ConfigError(
             "--model", f"the random checkpoint in {folder} could not be built", "give a checkpoint folder"
         )
 
 
+def _start(target: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Start a process that leaves Ctrl-C and SIGTERM, which may go to both, to this one from its first moment on."""
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
+    ignored = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(name, signal.SIG_IGN) for name in ignored]  # a child inherits what is ignored
+    try:
+        process.start()
+    finally:
+        for name, handler in zip(ignored, before):
+            signal.signal(name, handler)
+    return process
+
+
+def _end_with_parent() -> None:
+    """End this process at once, also in the middle of loading, when the one that started it is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _build_main(folder: Path) -> None:
+    _end_with_parent()
     from baleen.model import random_checkpoint
 
-    random_checkpoint.build_random_checkpoint(folder)
+    try:
+        random_checkpoint.build_random_checkpoint(folder)
+    except OSError as error:
+        sys.exit(f"baleen: error: {error}")
 
 
 def _engine_main(config: Config, engine_input: str, engine_output: str) -> None:
+    _end_with_parent()
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes, left behind by one that is killed
     from baleen.engine import run_process
 
     run_process(config, engine_input, engine_output)
@@ -95,7 +132,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise ConfigError("--port", f"cannot listen on {host}:{port} ({error.strerror})", "choose another") from None
+        flag = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise ConfigError(flag, f"cannot listen on {host}:{port} ({error.strerror})", "choose another") from None
     return listener
 
 
@@ -110,17 +148,26 @@ async def _serve(
     client = EngineClient(engine_input, engine_output)
     await client.start()
     app = create_app(config, client, tokenizer)
+    verbose = config.server.log_level == "debug"
     server = _Server(
         uvicorn.Config(
             app,
-            log_level="warning",
-            access_log=False,
+            log_level="info" if verbose else "warning",
+            access_log=verbose,
             timeout_graceful_shutdown=DRAIN_SECONDS,
             lifespan="off",
         )
     )
 
+    slow: asyncio.Task[None] | None = None
+
     def stop(name: signal.Signals) -> None:
+        nonlocal slow
+        if slow is None:
+            slow = asyncio.create_task(_leave_slow_clients(client, server))
+            if client.num_open:
+                rest = "request" if client.num_open == 1 else "requests"
+                print(f"baleen: stopping after {client.num_open} open {rest} (Ctrl-C again: now)", flush=True)
         client.start_draining()
         server.handle_exit(name, None)
 
@@ -143,11 +190,21 @@ async def _serve(
     return 1
 
 
+async def _leave_slow_clients(client: EngineClient, server: uvicorn.Server) -> None:
+    """While draining: a client that sends half a request, or reads nothing, must not hold up the end."""
+    while client.num_open:
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(SLOW_CLIENT_SECONDS)
+    for connection in list(server.server_state.connections):
+        connection.transport.abort()
+
+
 async def _announce(config: Config, client: EngineClient) -> None:
     await client.ready.wait()
     host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
     print(
-        f"baleen: ready in {client.load_seconds:.1f} s: http://{host}:{config.server.port}  (stop with Ctrl-C)",
+        f"baleen: ready at http://{host}:{config.server.port} (weights loaded in {client.load_seconds:.1f} s;"
+        " stop with Ctrl-C)",
         flush=True,
     )
 

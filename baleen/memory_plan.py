@@ -13,8 +13,12 @@ from baleen.config import PAGE_SIZE, Config, ModelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
 GIB = 1024**3
-# index_logits, sparse_mla and dense_mla keep each intermediate under this.
+# index_logits, topk, sparse_mla and dense_mla keep each intermediate under this.
 KERNEL_SCRATCH = 32 * 1024**2
+# int64 [tokens, topk] alive at once where positions become slots.
+SELECTION_COPIES = 6
+# The sampler's int64 temporaries: four of one chunk of rows.
+SAMPLER_SCRATCH = 4 * 16 * 1024**2
 
 # A tensor's place in the plan, its shape, and how an FP8 checkpoint stores it:
 # "blocks": e4m3 and one fp32 scale per 128x128 block; "plain": as it is; "float32": norms, biases.
@@ -113,7 +117,9 @@ def token_bytes(m: ModelConfig, kv_cache_dtype: str, index_cache_dtype: str) -> 
     return m.num_hidden_layers * (latent_bytes(m, kv_cache_dtype) + index_bytes(m, index_cache_dtype))
 
 
-def step_bytes(m: ModelConfig, *, tokens: int, rows: int, context: int, dense: int, dtype: str) -> dict[str, int]:
+def step_bytes(
+    m: ModelConfig, *, tokens: int, rows: int, context: int, dense: int, dtype: str, index_cache_dtype: str
+) -> dict[str, int]:
     """The largest buffers of one step, an estimate from above of what is alive at once.
 
     tokens   in the step       rows   requests that sample
@@ -125,11 +131,15 @@ def step_bytes(m: ModelConfig, *, tokens: int, rows: int, context: int, dense: i
     experts = 3 * max(m.intermediate_size, (m.num_experts_per_tok + m.n_shared_experts) * m.moe_intermediate_size)
     routed = m.num_experts_per_tok * m.hidden_size
     expanded = min(dense, context) * m.num_attention_heads * (m.qk_head_dim + m.v_head_dim)
+    # the masked attention computes in float32
+    expanded_size = size if dtype == "float32" else size + BYTES["float32"]
     return {
         "index logits": 4 * tokens * context + KERNEL_SCRATCH,
+        "index keys": max(KERNEL_SCRATCH, context * index_bytes(m, index_cache_dtype)),
+        "selection": SELECTION_COPIES * 8 * tokens * min(m.index_topk, context),
         "activations": size * tokens * (4 * m.hidden_size + max(attention, experts + routed)) + 2 * KERNEL_SCRATCH,
-        "expanded prefill": size * expanded,
-        "sampling": 3 * 4 * rows * m.vocab_size,
+        "expanded prefill": expanded_size * expanded,
+        "sampling": 3 * 4 * rows * m.vocab_size + min(SAMPLER_SCRATCH, 4 * 8 * rows * m.vocab_size),
     }
 
 
@@ -188,6 +198,7 @@ def plan(config: Config, available: int) -> MemoryPlan:
             context=load.context_length,
             dense=config.attention.dense_prefill_threshold,
             dtype=load.dtype,
+            index_cache_dtype=cache.index_cache_dtype,
         ),
         token=token_bytes(m, cache.kv_cache_dtype, cache.index_cache_dtype),
         num_tokens=cache.max_total_tokens,

@@ -190,6 +190,12 @@ class _Keys:
             raise self.error(name, f"{value!r} is not an object", "write {...} or null")
         return _Keys(value, f"{self.where}{name}.")
 
+    def words(self, name: str) -> list[str] | None:
+        value = self.raw.get(name)
+        if value is not None and not (isinstance(value, list) and all(isinstance(word, str) for word in value)):
+            raise self.error(name, f"{value!r} is not a list of words", "write one word for each layer, or null")
+        return value
+
 
 def _rope(keys: _Keys) -> tuple[float, RopeScaling | None]:
     """Both spellings: `rope_theta` + `rope_scaling` {type}, and `rope_parameters` {rope_type, rope_theta}."""
@@ -285,14 +291,15 @@ def _unbuilt(keys: _Keys, first_k_dense_replace: int) -> tuple[str, ...]:
         ("rope_interleave", (None, True), "half-split rope in the attention"),
         ("index_k_norm_type", (None, "layernorm"), "another norm of the index key"),
     )
-    lines = [f"{name} {keys.raw[name]!r}: needs {what}" for name, fine, what in plain if keys.raw.get(name) not in fine]
-    layers = keys.raw.get("mlp_layer_types")
+    odd = [(name, what) for name, fine, what in plain if keys.raw.get(name) not in fine]
+    lines = [f"{name} {keys.raw[name]!r}: needs {what}, not built yet" for name, what in odd]
+    layers = keys.words("mlp_layer_types")
     if layers is not None:
         count = min(first_k_dense_replace, len(layers))
-        if list(layers) != ["dense"] * count + ["sparse"] * (len(layers) - count):
-            lines.append("mlp_layer_types: needs dense layers elsewhere than in the first first_k_dense_replace")
-    kinds = set(keys.raw.get("layer_types") or ()) - {"deepseek_sparse_attention"}
-    lines += [f"layer_types {kind!r}: needs another attention than DSA" for kind in sorted(map(str, kinds))]
+        if layers != ["dense"] * count + ["sparse"] * (len(layers) - count):
+            lines.append("mlp_layer_types: needs dense layers after the first sparse one, not built yet")
+    kinds = set(keys.words("layer_types") or ()) - {"deepseek_sparse_attention"}
+    lines += [f"layer_types {kind!r}: needs another attention than DSA, not built yet" for kind in sorted(kinds)]
     return tuple(lines)
 
 

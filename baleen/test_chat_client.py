@@ -104,7 +104,7 @@ def test_reasoning_is_dim_and_not_sent_back(
     endpoint.deltas = [{"reasoning_content": "hm"}, {"reasoning_content": "m"}, {"content": "Yes"}]
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     say("hello", "more")
-    assert chat_client.main(endpoint.url, "m") == 0
+    assert chat_client.main(endpoint.url.removeprefix("http://"), "m") == 0
     assert "\x1b[2mhmm\x1b[0m\n\nYes\n" in capsys.readouterr().out
     assert endpoint.bodies[1]["messages"][1] == {"role": "assistant", "content": "Yes"}
     assert "max_tokens" not in endpoint.bodies[0]

@@ -194,6 +194,14 @@ def test_other_models_maths_is_refused_by_name(keys: dict[str, Any]) -> None:
     (name,) = keys
     assert line.startswith(name)
     assert "needs" in line
+    assert line.endswith("not built yet")
+
+
+@pytest.mark.parametrize("name", ["layer_types", "mlp_layer_types"])
+@pytest.mark.parametrize("value", [3, "sparse", [{}], {"a": 1}], ids=str)
+def test_a_list_of_words_is_one(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}: .* is not a list of words"):
+        ModelConfig.from_json(changed(**{name: value}))
 
 
 def test_default_values_of_those_keys_are_fine() -> None:

@@ -114,12 +114,12 @@ def test_a_gpu_is_mentioned_but_not_used(checkpoint: str) -> None:
 def test_pool_takes_what_the_budget_leaves(checkpoint: str) -> None:
     plenty = run(checkpoint).config.cache.max_total_tokens
     assert plenty == 8 * 4096
-    tight = run(checkpoint, machine=Hardware("cpu", 250 * 1024**2, 2))
+    tight = run(checkpoint, machine=Hardware("cpu", 350 * 1024**2, 2))
     assert tight.refusals == []
     assert 4096 < tight.config.cache.max_total_tokens < plenty
     assert tight.config.cache.max_total_tokens % 64 == 0
     assert tight.plan.budget - 64 * tight.plan.token < tight.plan.total <= tight.plan.budget
-    more = run(checkpoint, "--mem-fraction-static 0.6", machine=Hardware("cpu", 250 * 1024**2, 2))
+    more = run(checkpoint, "--mem-fraction-static 0.6", machine=Hardware("cpu", 350 * 1024**2, 2))
     assert more.config.cache.max_total_tokens > tight.config.cache.max_total_tokens
 
 
@@ -404,6 +404,17 @@ def test_broken_checkpoint_folders(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="not a JSON object"):
         run(str(tmp_path))
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="cannot read"):
+        run(str(tmp_path))
+    folder = write(tmp_path / "fp4", quantization_config=None)
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    for text in ("{", "[]"):
+        (folder / "hf_quant_config.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"hf_quant_config\.json"):
+            run(str(folder))
 
 
 def test_quantisation_written_beside_the_config(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from baleen import flags
-from baleen.__main__ import command
+from baleen.__main__ import _flag, command
 from baleen.config import PUBLISHED, Config, ConfigError
 from baleen.flags import Hardware, default_config
 
@@ -62,7 +62,7 @@ def test_dry_run_prints_everything(checkpoint: str, capsys: pytest.CaptureFixtur
     assert command(["serve", "--model", checkpoint, "--dry-run", "--disable-cuda-graph"], {}) == 0
     printed = capsys.readouterr().out
     for key in flags._settings():
-        assert f"\n  {key.split('.')[1]} " in printed
+        assert f"\n  {_flag(key)} " in printed
     assert "# a CPU emulates bfloat16" in printed
     assert "memory plan:" in printed
     assert "--disable-cuda-graph: no effect" in printed
@@ -82,6 +82,32 @@ def test_help_is_grouped_by_section(capsys: pytest.CaptureFixture[str]) -> None:
         < printed.index("\ncache: ")
         < printed.index("--page-size")
     )
+
+
+def test_help_marks_what_is_not_built(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command(["serve", "--help"], {})
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--tp N ranks (not built yet)" in printed
+    assert "aiter, trtllm, triton] (built: reference)" in printed
+    assert "--page-size N tokens per page; always 64 --" in printed
+
+
+def test_start_says_what_was_chosen(
+    checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the flag that would change it; --log-level makes it quieter."""
+    monkeypatch.setattr("baleen.launch.serve", lambda config: 0)
+    line = ["serve", "--model", checkpoint, "--disable-cuda-graph", "--log-level"]
+    assert command([*line, "info"], {}) == 0
+    printed = capsys.readouterr().err
+    assert "warning: --disable-cuda-graph" in printed
+    assert "  --dtype float32 " in printed
+    assert "a CPU emulates bfloat16" in printed
+    assert command([*line, "warning"], {}) == 0
+    assert [text.split(":")[1] for text in capsys.readouterr().err.splitlines()] == [" warning"]
+    assert command([*line, "error"], {}) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -53,5 +53,7 @@ def test_totals_of_a_cached_token_as_published() -> None:
 
 def test_index_logits_grow_with_step_and_context() -> None:
     """One 8192-token chunk at 128k context: 4.3 GB of logits."""
-    step = memory_plan.step_bytes(V32, tokens=8192, rows=64, context=131072, dense=4096, dtype="float32")
+    step = memory_plan.step_bytes(
+        V32, tokens=8192, rows=64, context=131072, dense=4096, dtype="float32", index_cache_dtype="fp8_e4m3"
+    )
     assert step["index logits"] == pytest.approx(4.3e9, rel=0.01)

@@ -31,6 +31,8 @@ PROMPTS = [
     random_prompts([126], 8)[0],
     random_prompts([3], 9)[0],
     _BASE[:65],
+    _BASE[:64],
+    _BASE[:1],
 ]
 MAX_TOKENS = 40
 
@@ -97,7 +99,7 @@ class Run:
 
 REQUEST = st.tuples(
     st.integers(0, len(PROMPTS) - 1),
-    st.integers(1, MAX_TOKENS),
+    st.integers(0, MAX_TOKENS),
     st.booleans(),
     st.integers(0, 6),  # steps before it arrives
     st.none() | st.integers(0, 25),  # aborted so many steps after

@@ -18,7 +18,7 @@ TOLERANCE = 1e-4
 # how the same requests are run; every one must give the tokens and logits of transformers
 WAYS: dict[str, dict[str, Any]] = {
     "one-shot prefill": {"chunked_prefill_size": 1024},
-    "odd chunks": {"chunked_prefill_size": 64, "max_running_requests": 5, "disable_radix_cache": True},
+    "small chunks beside decode": {"chunked_prefill_size": 64, "max_running_requests": 5, "disable_radix_cache": True},
     "absorbed prefill": {"dense_prefill_threshold": 0},
     "multi-head prefill under the mask": {"dense_prefill_threshold": 4096},
     "no overlap": {"disable_overlap_schedule": True},
@@ -56,6 +56,14 @@ def test_tokens_and_logits(case: tuple, way: str) -> None:
         check(llm, prompts, tokens, logits)
         if way == "retraction":
             assert llm.engine.stats().num_retractions_total > 0
+
+
+def test_odd_chunks(case: tuple) -> None:
+    """Prefill in chunks of 37 tokens, less what decode takes of them: no chunk ends where a page does."""
+    folder, prompts, tokens, logits = case
+    with LLM(str(folder)) as llm:
+        llm.engine.scheduler._step_tokens = 37
+        check(llm, prompts, tokens, logits)
 
 
 def test_prefix_cache_hit(case: tuple) -> None:

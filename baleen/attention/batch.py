@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PAGE_SIZE = 64
+from baleen.config import PAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class ForwardBatch:
     ids         [T] int64
     positions   [T] int64, position in the request
     slots       [T] int64, KV slot of the token: page * 64 + offset
-    page_table  [R, P] int64 page ids; entries past a request's last page are 0, the padding page
+    page_table  [R, P] int64 page ids; entries past a request's last page are some page of the pool, whatever it holds
     q_lens      R host ints, tokens computed now
     seq_lens    R host ints, tokens in the cache once this step has stored its own
     num_decode  the first num_decode requests have q_len 1 and use the decode kernels

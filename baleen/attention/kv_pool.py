@@ -1,7 +1,7 @@
 """The paged KV pool: every byte layout of the cache, in one place.
 
-Two buffers a layer share one slot numbering, slot = page * 64 + offset; page 0 takes the writes of padding and is never
-read.
+Two buffers a layer share one slot numbering, slot = page * 64 + offset; page 0 takes the writes of padding. A slot
+that nobody has written holds anything, NaN too: what is read of it (keys past a request's end) counts for nothing.
 
 latent, per slot      float32 / bfloat16: [latent 512 | k_pe 64]
                       fp8_e4m3, 656 bytes: 512 e4m3 latents | 4 float32 scales (one per 128 latents) | 64 bfloat16 k_pe
@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from baleen.attention.batch import PAGE_SIZE
-from baleen.config import ModelConfig
+from baleen.config import PAGE_SIZE, ModelConfig
 from baleen.kernels.hadamard import hadamard
 from baleen.kernels.kv_store import gather_index_fp8, gather_latent_fp8, store_index_fp8, store_latent_fp8, store_rows
 
@@ -64,7 +63,8 @@ class PackedIndex:
 
 
 class KVPool:
-    """The cache of all layers. `num_pages` counts usable pages; page 0 is added to them.
+    """The cache of all layers. `num_pages` counts usable pages; page 0 is added to them. Nothing is zeroed: the system
+    hands out the memory as it is first written.
 
     latent[layer]  Tensor [slots, 576] or PackedLatent;  index[layer]  Tensor [pages, 64, 128] or PackedIndex
     """
@@ -83,6 +83,7 @@ class KVPool:
         self.key_dim = model.index_head_dim
         layers = model.num_hidden_layers if num_layers is None else num_layers
         pages = num_pages + 1
+        self.index_page_bytes = PAGE_SIZE * (self.key_dim + 4 if index_cache_dtype == "fp8_e4m3" else self.key_dim * 4)
         self.latent: list[Tensor | PackedLatent] = []
         self.index: list[Tensor | PackedIndex] = []
         for _ in range(layers):
@@ -97,14 +98,14 @@ class KVPool:
                     f"not {self.latent_dim}"
                 )
             width = self.latent_dim + self.latent_dim // QUANT_BLOCK * 4 + self.rope_dim * 2
-            return PackedLatent.of(_buffer(slots, width, dtype=torch.uint8, device=device), self.latent_dim)
-        return _buffer(slots, self.latent_dim + self.rope_dim, dtype=getattr(torch, dtype), device=device)
+            return PackedLatent.of(torch.empty(slots, width, dtype=torch.uint8, device=device), self.latent_dim)
+        return torch.empty(slots, self.latent_dim + self.rope_dim, dtype=getattr(torch, dtype), device=device)
 
     def _index_buffer(self, pages: int, dtype: str, device: torch.device) -> Tensor | PackedIndex:
         if dtype == "fp8_e4m3":
             size = PAGE_SIZE * self.key_dim + PAGE_SIZE * 4
-            return PackedIndex.of(_buffer(pages, size, dtype=torch.uint8, device=device), self.key_dim)
-        return _buffer(pages, PAGE_SIZE, self.key_dim, dtype=getattr(torch, dtype), device=device)
+            return PackedIndex.of(torch.empty(pages, size, dtype=torch.uint8, device=device), self.key_dim)
+        return torch.empty(pages, PAGE_SIZE, self.key_dim, dtype=getattr(torch, dtype), device=device)
 
     def store(self, layer: int, slots: Tensor, latent: Tensor, k_pe: Tensor, index_k: Tensor) -> None:
         """Write T tokens. slots [T] int64; latent [T, 512], k_pe [T, 64], index_k [T, 128] float."""
@@ -140,16 +141,6 @@ class KVPool:
             first = int(page_table[0, 0])
             return keys[first : first + page_table.shape[1]].view(1, -1, self.key_dim), None
         return keys[page_table].view(num_requests, -1, self.key_dim), None
-
-
-def _buffer(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that the system hands out as it is first written; zeroing it all would take it at once.
-
-    Page 0 alone is zero: rows of -1 may read it.
-    """
-    buffer = torch.empty(*shape, dtype=dtype, device=device)
-    buffer[:PAGE_SIZE] = 0
-    return buffer
 
 
 def _is_run(pages: Tensor) -> bool:

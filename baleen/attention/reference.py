@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from baleen.attention.batch import PAGE_SIZE, Group
+from baleen.attention.batch import Group
 from baleen.attention.kv_pool import KVPool, PackedLatent
 from baleen.attention.selection import selection_mask, visible_positions
+from baleen.config import PAGE_SIZE
 from baleen.kernels.dense_mla import dense_mla
 from baleen.kernels.sparse_mla import sparse_mla, sparse_mla_fp8
 

@@ -12,6 +12,9 @@ from baleen.kernels.hadamard import hadamard
 from baleen.kernels.index_logits import index_logits
 from baleen.kernels.topk import topk as topk_positions
 
+# Index keys gathered at once, or those of one request if larger: 64 requests of 16,384 tokens have 512 MiB a layer.
+SCRATCH_BYTES = 16 << 20
+
 
 def select(pool: KVPool, layer: int, group: Group, q: Tensor, weights: Tensor, topk: int) -> Tensor | None:
     """Positions of the `topk` best-scored tokens of each query token of a group, or None if every token is kept.
@@ -25,13 +28,27 @@ def select(pool: KVPool, layer: int, group: Group, q: Tensor, weights: Tensor, t
     """
     if group.max_length <= topk:
         return None
-    keys, key_scales = pool.read_index(layer, group.page_table)
-    if key_scales is not None:
+    num_queries = group.num_queries
+    step = max(1, SCRATCH_BYTES // (group.page_table.shape[1] * pool.index_page_bytes))
+    chosen = []
+    for first in range(0, group.num_requests, step):
+        page_table = group.page_table[first : first + step]
+        rows = slice(first * num_queries, (first + step) * num_queries)
+        logits = _logits(pool, layer, page_table, q[rows], weights[rows])
+        chosen.append(topk_positions(logits.flatten(0, 1), group.lengths[rows], topk))
+    return torch.cat(chosen) if len(chosen) > 1 else chosen[0]
+
+
+def _logits(pool: KVPool, layer: int, page_table: Tensor, q: Tensor, weights: Tensor) -> Tensor:
+    """page_table [G, P]; q, weights as in `select`, the query tokens of these requests -> [G, Q, P*64] float32."""
+    keys, key_scales = pool.read_index(layer, page_table)
+    if key_scales is None:
+        q = q.to(keys.dtype)
+    else:
         q, q_scale = quantize_1x128(hadamard(q))
         weights = weights * q_scale.squeeze(-1)
-    shape = (group.num_requests, group.num_queries)
-    logits = index_logits(q.unflatten(0, shape), weights.unflatten(0, shape), keys, key_scales)
-    return topk_positions(logits.flatten(0, 1), group.lengths, topk)
+    shape = (page_table.shape[0], -1)
+    return index_logits(q.unflatten(0, shape), weights.unflatten(0, shape), keys, key_scales)
 
 
 def visible_positions(group: Group) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from baleen.attention import selection
 from baleen.attention.backend import AttentionBackend, make_backend
 from baleen.attention.batch import ForwardBatch, group_batch
 from baleen.attention.test_models import small_model
@@ -110,6 +111,65 @@ def test_equals_a_plain_loop(case: str, threshold: int) -> None:
     requests = Requests(*CASES[case])
     out, _ = requests.run(make(requests, threshold=threshold))
     torch.testing.assert_close(out, requests.expected(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("index", ["float32", "fp8_e4m3"])
+def test_keys_of_few_requests_at_a_time_select_the_same(index: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is gathered at once is bounded by SCRATCH_BYTES; here it holds two requests of the longest group's five."""
+    requests = Requests([500, 400, 300, 450, 350], [1] * 5)
+    _, whole = requests.run(make(requests, threshold=0, index=index))
+    monkeypatch.setattr(
+        selection, "SCRATCH_BYTES", 2 * 8 * 64 * (INDEX_DIM * 4 if index == "float32" else INDEX_DIM + 4)
+    )
+    backend = make(requests, threshold=0, index=index)
+    gathered: list[int] = []
+    read = backend.pool.read_index
+
+    def recording(layer: int, page_table: Tensor) -> tuple[Tensor, Tensor | None]:
+        gathered.append(page_table.shape[0])
+        return read(layer, page_table)
+
+    monkeypatch.setattr(backend.pool, "read_index", recording)
+    _, chunked = requests.run(backend)
+    assert gathered == [2, 2, 1]
+    assert whole[0] is not None
+    assert chunked[0] is not None
+    assert torch.equal(whole[0], chunked[0])
+
+
+@pytest.mark.parametrize("index", ["float32", "fp8_e4m3"])
+@pytest.mark.parametrize("kv", ["float32", "bfloat16", "fp8_e4m3"])
+@pytest.mark.parametrize("threshold", [0, 4096])
+def test_what_the_cache_held_before_does_not_show(kv: str, index: str, threshold: int) -> None:
+    """NaN in every slot that the requests have not written, page 0 included, and stale pages past their last ones."""
+    requests = Requests([77, 130, 20, 150, 900], [1, 1, 1, 37, 64])
+    clean, _ = requests.run(make(requests, threshold=threshold, kv=kv, index=index))
+    backend = make(requests, threshold=threshold, kv=kv, index=index)
+    for buffer in (*backend.pool.latent, *backend.pool.index):
+        for part in [buffer] if isinstance(buffer, Tensor) else vars(buffer).values():
+            (part.view(torch.int8).fill_(0x7F) if part.dtype == torch.float8_e4m3fn else part.fill_(torch.nan))
+    requests.page_table[requests.page_table == 0] = requests.num_pages
+    out, _ = requests.run(backend)
+    assert torch.equal(out, clean)
+
+
+@pytest.mark.parametrize("index", ["float32", "fp8_e4m3"])
+@pytest.mark.parametrize("kv", ["float32", "bfloat16", "fp8_e4m3"])
+@pytest.mark.parametrize("threshold", [0, 4096])
+def test_bfloat16_activations(kv: str, index: str, threshold: int) -> None:
+    """The same inputs rounded to bfloat16 beforehand: what is left is the rounding of the absorbed query and output,
+    and with the fp8 index that of the transformed query, which moves some tokens in and out of the selection."""
+    requests = Requests([77, 130, 20, 150], [1, 1, 20, 37])
+    for name in ("latent", "k_pe", "index_k"):
+        setattr(requests, name, [value.bfloat16().float() for value in getattr(requests, name)])
+    for name in ("q", "index_q", "kv_b"):
+        setattr(requests, name, getattr(requests, name).bfloat16().float())
+    expected, _ = requests.run(make(requests, threshold=threshold, kv=kv, index=index))
+    for name in ("q", "index_q", "kv_b"):
+        setattr(requests, name, getattr(requests, name).bfloat16())
+    out, _ = requests.run(make(requests, threshold=threshold, kv=kv, index=index))
+    assert out.dtype == torch.bfloat16
+    assert float((out.float() - expected).norm() / expected.norm()) < (2**-6 if index == "float32" else 0.3)
 
 
 def test_bfloat16_and_fp8_caches_stay_near() -> None:

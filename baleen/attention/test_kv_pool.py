@@ -34,6 +34,7 @@ def test_latent_row_of_656_bytes() -> None:
     latent = torch.randn(3, 512) * torch.tensor([1.0, 100.0, 1e-6])[:, None]
     k_pe = torch.randn(3, 64)
     slots = torch.tensor([64, 130, 191])
+    rows.values.untyped_storage().fill_(0xAB)
     pool.store(0, slots, latent, k_pe, torch.zeros(3, 128))
     data = raw_bytes(rows.values)
     assert len(data) == 3 * 64 * 656
@@ -51,7 +52,8 @@ def test_latent_row_of_656_bytes() -> None:
         rope = torch.tensor(struct.unpack("<64H", row[528:]), dtype=torch.int32)
         expected = k_pe[token].to(torch.bfloat16).view(torch.uint16).to(torch.int32)
         assert torch.equal(rope, expected)
-    assert not any(data[: 64 * 656]), "page 0 was written"
+    for slot in set(range(192)) - set(slots.tolist()):
+        assert data[slot * 656 : (slot + 1) * 656] == b"\xab" * 656, f"slot {slot} was written"
     torch.testing.assert_close(
         pool.read_latent(0, slots)[:, :512], latent, rtol=2**-4, atol=float(1e-4 / 448 * 2 * 2**-10)
     )

@@ -64,3 +64,9 @@ def test_truncation_and_padding_of_the_file_are_off(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(tmp_path, VOCAB_SIZE)
     assert len(tokenizer.encode("xyzw" * 10)) > 16
     assert len(tokenizer.encode("x")) == 1
+
+
+def test_longest_token(tokenizer_folder: Path) -> None:
+    """Its length bounds the ids of any text from below."""
+    tokenizer = Tokenizer.from_folder(tokenizer_folder, VOCAB_SIZE)
+    assert tokenizer.max_token_bytes >= max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.num_ids))

@@ -30,8 +30,9 @@ _BYTE_OF_CHAR = _byte_of_char()
 class Tokenizer:
     """Thread-safe; one per process. `inner` must have a ByteLevel decoder.
 
-    num_ids       one more than the highest id
-    special_ids   ids whose text a user does not see
+    num_ids           one more than the highest id
+    max_token_bytes   of the longest token: a text of more than n times as many bytes has more than n ids
+    special_ids       ids whose text a user does not see
     """
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
@@ -39,7 +40,9 @@ class Tokenizer:
         inner.no_padding()
         self._inner = inner
         self._bytes: dict[int, bytes] = {}
-        self.num_ids = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        vocab = inner.get_vocab(with_added_tokens=True)
+        self.num_ids = max(vocab.values(), default=-1) + 1
+        self.max_token_bytes = max((len(piece.encode()) for piece in vocab), default=1)
         added = inner.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, t in added.items() if t.special and t.content not in _MARKS)
 

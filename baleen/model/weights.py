@@ -21,7 +21,7 @@ from tqdm import tqdm
 from baleen.model.quant import BLOCK, dequantize_rows, find_scale, read_scale
 from baleen.model.shards import ShardReader, StoredTensor, WeightError, open_checkpoint
 
-__all__ = ["CheckpointModel", "LoadReport", "Target", "WeightError", "load_weights"]
+__all__ = ["CheckpointModel", "LoadReport", "Target", "WeightError", "fill_randomly", "load_weights"]
 
 
 @dataclass(eq=False, slots=True)
@@ -94,6 +94,20 @@ def load_weights(model: CheckpointModel, folder: Path, *, progress: bool = True)
         for load in sorted(loads, key=lambda load: (load.stored.path, load.stored.offset)):
             _load(load, reader, bar)
     return LoadReport(time.monotonic() - started, num_bytes, len(loads), optional_loaded)
+
+
+def fill_randomly(model: CheckpointModel, seed: int) -> LoadReport:
+    """Random weights in place of a checkpoint (`--load-format dummy`): products keep the size of their input."""
+    started = time.monotonic()
+    generator = torch.Generator().manual_seed(seed)
+    targets = list(model.checkpoint_tensors())
+    with torch.no_grad():
+        for target in targets:
+            if len(target.shape) == 1:
+                target.dest.fill_(0.0 if target.name.endswith("bias") else 1.0)
+            else:
+                target.dest.normal_(std=target.shape[-1] ** -0.5, generator=generator)
+    return LoadReport(time.monotonic() - started, 0, len(targets), True)
 
 
 def _match(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from baleen.attention.batch import PAGE_SIZE, ForwardBatch
+from baleen.attention.batch import ForwardBatch
+from baleen.config import PAGE_SIZE
 from baleen.messages import ScheduledBatch, ScheduledRow
 
 
@@ -13,7 +14,7 @@ class RequestSlots:
     """What the runner remembers of each running request between steps.
 
     page_table  [max_running_requests, max_pages] int64 page ids, in order of position; entries past `num_pages[slot]`
-                are stale and never read
+                are stale: pages of earlier requests, or 0
     last_ids    [max_running_requests] int64, the id last sampled in the slot; it stays on the device
     """
 

@@ -12,7 +12,7 @@ from baleen.config import Config
 from baleen.kernels import dispatch
 from baleen.messages import ScheduledBatch, StepOutput
 from baleen.model.deepseek_v32 import DeepseekV32ForCausalLM
-from baleen.model.weights import load_weights
+from baleen.model.weights import fill_randomly, load_weights
 from baleen.runner.inputs import RequestSlots
 from baleen.sampling.sampler import Sampler
 
@@ -32,7 +32,10 @@ class ModelRunner:
         started = time.monotonic()
         dtype = getattr(torch, config.load.dtype)
         self.model = DeepseekV32ForCausalLM(config.model, dtype, config.load.context_length)
-        report = load_weights(self.model, Path(config.model_path), progress=progress)
+        if config.load.load_format == "dummy":
+            report = fill_randomly(self.model, config.load.random_seed)
+        else:
+            report = load_weights(self.model, Path(config.model_path), progress=progress)
         if not report.optional_loaded:
             self.model.drop_mtp()
         self.load_seconds = time.monotonic() - started
@@ -75,7 +78,6 @@ class ModelRunner:
         self.forward_seconds += time.perf_counter() - started
         slots = [row.slot for row in sampled]
         tokens = self.sampler.sample(logits, slots, [row.start + row.num_tokens for row in sampled])
-        self.slots.last_ids[slots] = tokens.ids.clamp_min(
-            0
-        )  # -1 marks bad logits; the step in flight must still find an id
+        # -1 marks bad logits; the step in flight must still find an id
+        self.slots.last_ids[slots] = tokens.ids.clamp_min(0)
         return StepOutput(batch.step, tuple(tokens.ids.tolist()), tuple(tokens.logprobs or ()))

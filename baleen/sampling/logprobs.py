@@ -9,6 +9,9 @@ from torch import Tensor
 
 from baleen.messages import TokenLogprobs
 
+# Rows are ranked in chunks of this many logits: their int64 keys take 8 MiB.
+_CHUNK_ELEMENTS = 2**20
+
 
 def _rank_logits(logits: Tensor, width: int) -> Tensor:
     """Ids of the `width` largest logits of each row, descending; equal ones by lowest id, which `topk` leaves open."""
@@ -16,7 +19,7 @@ def _rank_logits(logits: Tensor, width: int) -> Tensor:
     bits = (logits + 0.0).view(torch.int32).to(torch.int64)
     bits ^= (bits >> 31) & 0x7FFFFFFF
     reversed_ids = 0xFFFFFFFF - torch.arange(logits.shape[1], device=logits.device)
-    keys = (bits * 2**32).bitwise_or_(reversed_ids)
+    keys = bits.mul_(2**32).bitwise_or_(reversed_ids)
     return 0xFFFFFFFF - (keys.topk(width).values & 0xFFFFFFFF)
 
 
@@ -31,7 +34,8 @@ def token_logprobs(logits: Tensor, ids: Tensor, num_top: Sequence[int]) -> list[
     width = min(max(num_top), logits.shape[1])
     normaliser = logits.logsumexp(dim=1, keepdim=True)
     chosen = logits.gather(1, ids.clamp(min=0)[:, None]) - normaliser
-    top_ids = _rank_logits(logits, width)
+    chunks = logits.split(max(1, _CHUNK_ELEMENTS // logits.shape[1]))
+    top_ids = torch.cat([_rank_logits(chunk, width) for chunk in chunks])
     top = logits.gather(1, top_ids) - normaliser
     # One transfer; float64 holds the ids and the float32 values exactly.
     rows = torch.cat([ids[:, None].double(), chosen.double(), top_ids.double(), top.double()], dim=1).tolist()

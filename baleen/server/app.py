@@ -20,7 +20,7 @@ from baleen.server.engine_client import EngineClient
 from baleen.server.errors import ApiError
 from baleen.server.generation import Service
 from baleen.server.native import generate
-from baleen.server.protocol import ModelCard, ModelList
+from baleen.server.protocol import ModelCard, ModelList, read_sampling_defaults
 from baleen.server.stream import json_response
 
 PROBE_SECONDS = 20.0  # how long /health_generate waits for its token
@@ -29,7 +29,7 @@ PROBE_SECONDS = 20.0  # how long /health_generate waits for its token
 def create_app(config: Config, client: EngineClient, tokenizer: Tokenizer) -> FastAPI:
     """The application that serves `config`'s model; the caller starts and ends `client`. Raises ConfigError."""
     app = FastAPI(title="baleen", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.service = Service(config, client, tokenizer)
+    app.state.service = Service(config, client, tokenizer, read_sampling_defaults(config.model_path))
     errors.install(app)
     for path, handler, methods in [
         ("/v1/chat/completions", chat_completions, ["POST"]),

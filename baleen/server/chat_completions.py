@@ -30,7 +30,7 @@ async def chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
     chat = protocol.parse(ChatRequest, await read_json(request))
     service.check_model(chat.model)
-    input_ids = await service.encode(encode_messages(chat.messages, thinking=chat.thinking))
+    input_ids = await service.encode(encode_messages(chat.messages, thinking=chat.thinking), "messages")
     asked, max_param = chat.max_new_tokens
     num_new = service.num_new_tokens(len(input_ids), asked, None, prompt_param="messages", max_param=max_param)
     specs = [

@@ -42,7 +42,7 @@ async def _specs(service: Service, body: CompletionRequest) -> list[SequenceSpec
     specs = []
     for prompt in body.prompts:
         if isinstance(prompt, str):
-            input_ids = await service.encode(prompt)
+            input_ids = await service.encode(prompt, "prompt")
         else:
             service.check_ids(prompt, "prompt")
             input_ids = prompt

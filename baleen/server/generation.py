@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from baleen.chat.detokenizer import Detokenizer
 from baleen.chat.tokenizer import Tokenizer
-from baleen.config import Config, ConfigError
+from baleen.config import Config
 from baleen.messages import FinishReason, GenerateRequest, SamplingParams, TokenLogprobs, TokenOutput, pack_ids
 from baleen.server.engine_client import EngineClient, OutputChannel
 from baleen.server.errors import ApiError, bad_request
 from baleen.server.metrics import Metrics
 
 THREAD_CHARS = 4096  # longer texts are tokenized in a thread, so that other requests' streams go on
-SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,17 +182,19 @@ class Service:
     """What every handler needs: the resolved config, the engine, the tokenizer, and the rules that depend on them.
 
     max_tokens          tokens one sequence may have, prompt and answer: the context, or the cache if that is smaller
-    sampling_defaults   generation_config.json's, of SAMPLING_DEFAULTS
+    sampling_defaults   of generation_config.json, for chat
     """
 
-    def __init__(self, config: Config, client: EngineClient, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, config: Config, client: EngineClient, tokenizer: Tokenizer, sampling_defaults: Mapping[str, Any]
+    ) -> None:
         self.config = config
         self.client = client
         self.tokenizer = tokenizer
         self.model_name = config.server.served_model_name
         self.metrics = Metrics(client, self.model_name)
         self.max_tokens = min(config.load.context_length, config.cache.max_total_tokens)
-        self.sampling_defaults = _read_sampling_defaults(config.model_path)
+        self.sampling_defaults = sampling_defaults
         self.created = int(time.time())
         self._seeds = random.Random(config.load.random_seed)
 
@@ -209,8 +208,17 @@ class Service:
             message = f"the model {name!r} does not exist; this server has {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without holding up the event loop for a long one."""
+    async def encode(self, text: str, param: str) -> list[int]:
+        """Ids of `text`, without holding up the event loop for a long one.
+
+        Raises ApiError 400 for a text that cannot fit, whatever its ids: tokenizing 50 MB takes minutes.
+        """
+        least = len(text) // self.tokenizer.max_token_bytes
+        if least >= self.max_tokens:
+            message = (
+                f"the prompt has more than {least} tokens; the longest request, with its answer, is {self.max_tokens}"
+            )
+            raise bad_request(param, message, "context_length_exceeded")
         if len(text) < THREAD_CHARS:
             return self.tokenizer.encode(text)
         return await asyncio.to_thread(self.tokenizer.encode, text)
@@ -253,15 +261,3 @@ class Service:
                 message = f"the request queue is full (--max-queued-requests {limits.max_queued_requests})"
                 raise ApiError(503, message, code="queue_full")
         return Generation(self, specs, arrived=arrived)
-
-
-def _read_sampling_defaults(folder: str) -> dict[str, Any]:
-    """Raises ConfigError if the file is there and broken."""
-    path = Path(folder) / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text())
-        return {name: values[name] for name in SAMPLING_DEFAULTS if values.get(name) is not None}
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(str(path), f"cannot be read ({error})", "fetch it again or delete it") from error

@@ -159,7 +159,7 @@ async def _specs(service: Service, body: GenerateBody) -> list[SequenceSpec]:
     for prompt, fields in zip(body.prompts, body.samplings):
         param = "text" if isinstance(prompt, str) else "input_ids"
         if isinstance(prompt, str):
-            input_ids = await service.encode(prompt)
+            input_ids = await service.encode(prompt, param)
         else:
             service.check_ids(prompt, param)
             input_ids = prompt
@@ -234,8 +234,11 @@ class _Answer:
 
     def _json(self, index: int) -> dict[str, Any]:
         part, choice = self._parts[index], self._generation.choices[index]
+        rid = self._body.rid
+        if rid and self._is_list:
+            rid = f"{rid}_{index}"
         meta: dict[str, Any] = {
-            "id": self._body.rid or choice.rid,
+            "id": rid or choice.rid,
             "finish_reason": part.finish_reason,
             "prompt_tokens": choice.num_prompt_tokens,
             "completion_tokens": choice.num_output_tokens,

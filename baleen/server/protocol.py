@@ -7,7 +7,9 @@ asks for nothing. Answers are msgspec structs: a stream makes one per token.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
@@ -15,8 +17,9 @@ from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from baleen.chat.tokenizer import Tokenizer
+from baleen.config import ConfigError
 from baleen.messages import SamplingParams, TokenLogprobs
-from baleen.server.errors import bad_request, validation_error
+from baleen.server.errors import ApiError, bad_request, validation_error
 from baleen.server.generation import Choice
 
 MAX_LOGPROBS = 20
@@ -109,7 +112,7 @@ class SamplingFields(RequestModel):
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=2, allow_inf_nan=False)] | None = None  # logits / it: finite
     stop: list[str] | None = None
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
@@ -159,6 +162,23 @@ class SamplingFields(RequestModel):
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
         )
+
+
+def read_sampling_defaults(folder: str) -> dict[str, Any]:
+    """What generation_config.json says of sampling. Raises ConfigError if the file is there and broken."""
+    path = Path(folder) / "generation_config.json"
+    if not path.is_file():
+        return {}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        values = {name: raw[name] for name in names if raw.get(name) is not None}
+        if values.get("top_k") == 0:
+            del values["top_k"]  # transformers' way to say all tokens
+        parse_part(SamplingFields, values, "")
+    except (OSError, ValueError, AttributeError, RecursionError, ApiError) as error:
+        raise ConfigError(str(path), f"cannot be read ({error})", "fetch it again or delete it") from error
+    return values
 
 
 class StreamOptions(RequestModel):

@@ -29,6 +29,7 @@ CHAT = [
     ("frequency_penalty", 2.5, None),
     ("presence_penalty", -2.5, None),
     ("repetition_penalty", 0, None),
+    ("repetition_penalty", 1e-30, None),  # logits would overflow
     ("n", 0, None),
     ("n", 1.5, None),
     ("n", 100_000, None),
@@ -209,6 +210,21 @@ def test_lengths_are_told_with_numbers(server: Server) -> None:
     assert str(CONTEXT + 4) in longer["message"]
     assert str(CONTEXT) in longer["message"]
     assert full["param"] == "prompt"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/generate"])
+def test_a_text_that_cannot_fit_is_not_tokenized(server: Server, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(text: str) -> list[int]:
+        raise AssertionError("tokenized")
+
+    monkeypatch.setattr(server.tokenizer, "encode", encode)
+    text = "x" * (CONTEXT * server.tokenizer.max_token_bytes)
+    body = {"messages": [{"role": "user", "content": text}], "prompt": text, "text": text}
+    with server.http() as http:
+        error = error_of(http.post(path, json=body), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert error["param"] == {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}.get(path, "text")
+    assert str(CONTEXT) in error["message"]
 
 
 @pytest.mark.parametrize(

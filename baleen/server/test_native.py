@@ -41,7 +41,8 @@ def test_batches_are_lists(server: Server) -> None:
     assert [a["text"] for a in answers] == ["b", "b", "dc", "dc"]
     assert answers[0]["meta_info"]["finish_reason"] == {"type": "length", "length": 1}
     assert [a["text"] for a in post(server, input_ids=[server.tokenizer.encode("ab")])] == ["ba"]
-    assert len(post(server, text="ab", sampling_params={"n": 3})) == 3
+    three = post(server, text="ab", rid="whale", sampling_params={"n": 3})
+    assert [a["meta_info"]["id"] for a in three] == ["whale_0", "whale_1", "whale_2"]
 
 
 def test_stream_is_cumulative(server: Server) -> None:

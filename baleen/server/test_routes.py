@@ -35,7 +35,9 @@ def test_models(server: Server) -> None:
 
 
 def test_infos_have_the_keys_that_sglang_clients_read(server: Server) -> None:
-    server.engine.send(EngineStats(num_pages=10, num_free_pages=4, num_cached_pages=3, num_evictable_pages=1, num_running=2))
+    server.engine.send(
+        EngineStats(num_pages=10, num_free_pages=4, num_cached_pages=3, num_evictable_pages=1, num_running=2)
+    )
     wait_until(lambda: server.client.stats.num_running == 2)
     with server.http() as http:
         info = http.get("/server_info").json()
@@ -106,7 +108,7 @@ def test_flush_cache(server: Server) -> None:
 
 
 def test_generation_config_gives_chat_its_defaults(tmp_path: Path) -> None:
-    values = {"temperature": 0.6, "top_p": 0.95, "do_sample": True, "eos_token_id": 1}
+    values = {"temperature": 0.6, "top_p": 0.95, "top_k": 0, "do_sample": True, "eos_token_id": 1}
     (tmp_path / "generation_config.json").write_text(json.dumps(values))
     with running_server(tmp_path) as server:
         script = server.play("x")
@@ -116,10 +118,12 @@ def test_generation_config_gives_chat_its_defaults(tmp_path: Path) -> None:
         client.completions.create(model="default", prompt="a")
     chosen = [(r.sampling.temperature, r.sampling.top_p) for r in script.requests]
     assert chosen == [(0.6, 0.95), (0.0, 1.0), (1.0, 1.0)]
+    assert {r.sampling.top_k for r in script.requests} == {-1}  # 0 is transformers' way to say all tokens
 
 
-def test_broken_generation_config_is_refused_at_start(tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[]", '{"temperature": "warm"}', '{"top_p": 7}'])
+def test_broken_generation_config_is_refused_at_start(tmp_path: Path, text: str) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
     config = make_config(tmp_path)
     with pytest.raises(ConfigError, match=r"generation_config\.json"):
         create_app(config, EngineClient("", ""), Tokenizer.load(config))

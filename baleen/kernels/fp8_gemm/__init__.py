@@ -30,7 +30,8 @@ def fp8_linear_dequantized(x: Tensor, weight: Tensor) -> Tensor:
     """The same numbers for a weight that was dequantised once at load: faster where FP8 has no hardware.
 
     x        [M, K] float32 or bfloat16 (any number of leading dims)
-    weight   float32 [N, K], dequantize_128x128 of the checkpoint's
+    weight   float32 or bfloat16 [N, K], dequantize_128x128 of the checkpoint's (bfloat16 holds it if the scales are
+             powers of two)
     returns  [M, N] x.dtype
     Error:   rounding against fp8_gemm.     Cost: 2*M*N*K flops and the rounding of x.
     """

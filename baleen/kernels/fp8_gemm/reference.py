@@ -12,7 +12,7 @@ SCRATCH_BYTES = 32 << 20
 
 
 def fp8_gemm(x: Tensor, weight: Tensor, weight_scale_inv: Tensor) -> Tensor:
-    rounded = round_1x128(x)
+    rounded = round_1x128(x).float()
     num_rows, num_cols = weight.shape
     out = torch.empty(*x.shape[:-1], num_rows, dtype=x.dtype, device=x.device)
     # Whole row blocks of the weight, so that each chunk has its own rows of scales.
@@ -25,4 +25,4 @@ def fp8_gemm(x: Tensor, weight: Tensor, weight_scale_inv: Tensor) -> Tensor:
 
 
 def fp8_linear_dequantized(x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(round_1x128(x), weight).to(x.dtype)
+    return F.linear(round_1x128(x).to(weight.dtype), weight).to(x.dtype)

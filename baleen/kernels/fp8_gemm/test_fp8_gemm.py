@@ -10,7 +10,7 @@ from torch import Tensor
 from baleen.kernels.dispatch import available
 from baleen.kernels.fp8_gemm import IMPLEMENTATIONS, fp8_gemm, fp8_linear_dequantized, reference
 from baleen.kernels.fp8_gemm.cases import CASES
-from baleen.kernels.fp8_quant import dequantize_128x128
+from baleen.kernels.fp8_quant import dequantize_128x128, quantize_128x128
 from baleen.kernels.testing import Case, check, largest_scratch
 
 
@@ -41,6 +41,16 @@ def test_the_dequantized_weight_gives_the_same_numbers(case: Case) -> None:
     by_weight = fp8_linear_dequantized(x, dequantize_128x128(weight, scale))
     assert direct.dtype == by_weight.dtype == x.dtype
     torch.testing.assert_close(by_weight, direct, rtol=0 if x.dtype == torch.float32 else 2**-7, atol=2e-4)
+
+
+def test_a_bfloat16_weight_loses_nothing_but_the_result_s_rounding() -> None:
+    """e4m3 times a power of two is exact in bfloat16, for the weight and for the activations."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 300, generator=generator).bfloat16()
+    weight = dequantize_128x128(*quantize_128x128(torch.randn(200, 300, generator=generator)))
+    out = fp8_linear_dequantized(x, weight.bfloat16())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), fp8_linear_dequantized(x.float(), weight), rtol=2**-8, atol=1e-4)
 
 
 def test_leading_dims_are_kept() -> None:

@@ -34,7 +34,7 @@ def round_1x128(x: Tensor) -> Tensor:
     scaled = blocks * scale.reciprocal()
     exponent = scaled.view(torch.int32) & EXPONENT_MASK
     magic = exponent.clamp_(min=(127 - 6) << 23).add_((20 << 23) | (1 << 22)).view(torch.float32)
-    return _unblock(scaled.add_(magic).sub_(magic).mul_(scale), x.shape[-1])
+    return _unblock(scaled.add_(magic).sub_(magic).mul_(scale), x.shape[-1]).to(x.dtype)
 
 
 def quantize_128x128(weight: Tensor) -> tuple[Tensor, Tensor]:

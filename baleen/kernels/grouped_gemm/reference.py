@@ -14,6 +14,7 @@ from torch import Tensor
 PADDED_ROWS = 8
 MAX_PADDING = 3
 
+
 def grouped_gemm(x: Tensor, weight: Tensor, counts: Sequence[int] | Tensor) -> Tensor:
     sizes: list[int] = counts.tolist() if isinstance(counts, Tensor) else list(counts)
     if len(sizes) != weight.shape[0] or sum(sizes) != x.shape[0]:
