@@ -309,6 +309,9 @@ def _check_fixed(keys: _Keys) -> None:
         ("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("hidden_act", "silu"), ("attention_bias", False),
         ("mlp_bias", False), ("tie_word_embeddings", False), ("moe_layer_freq", 1),
     )  # fmt: skip
+    named = keys.words("architectures")
+    if named and not any(name.startswith(("DeepseekV32", "DeepseekV3For")) for name in named):
+        raise keys.error("architectures", f"{named} is another model", "use a DeepSeek-V3.2 checkpoint")
     for name, only in fixed:
         value = keys.raw.get(name)
         if value is not None and value != only:

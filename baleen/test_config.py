@@ -30,6 +30,13 @@ def scaling(**keys: Any) -> dict[str, Any]:
     return {**V32["rope_scaling"], **keys}
 
 
+def test_another_architecture_is_refused_even_if_its_numbers_fit() -> None:
+    with pytest.raises(ConfigError, match="architectures.*LlamaForCausalLM"):
+        ModelConfig.from_json(changed(architectures=["LlamaForCausalLM"]))
+    ModelConfig.from_json(changed(architectures=["DeepseekV3ForCausalLM"]))
+    ModelConfig.from_json(without("architectures"))
+
+
 def test_released_numbers() -> None:
     model = ModelConfig.from_json(V32)
     assert model.rope == RopeScaling(
