@@ -20,7 +20,9 @@ OPS = [module.name for module in pkgutil.iter_modules(baleen.kernels.__path__) i
 
 
 @pytest.fixture(autouse=True)
-def _auto_afterwards() -> Iterator[None]:
+def _auto() -> Iterator[None]:
+    """An engine that an earlier test built may have chosen "reference" for the process."""
+    dispatch.use("auto")
     yield
     dispatch.use("auto")
 
