@@ -31,7 +31,7 @@ def scaling(**keys: Any) -> dict[str, Any]:
 
 
 def test_another_architecture_is_refused_even_if_its_numbers_fit() -> None:
-    with pytest.raises(ConfigError, match="architectures.*LlamaForCausalLM"):
+    with pytest.raises(ConfigError, match=r"architectures.*LlamaForCausalLM"):
         ModelConfig.from_json(changed(architectures=["LlamaForCausalLM"]))
     ModelConfig.from_json(changed(architectures=["DeepseekV3ForCausalLM"]))
     ModelConfig.from_json(without("architectures"))

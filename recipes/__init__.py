@@ -1,0 +1,1 @@
+"""Recipes: how things shipped with the package were made."""
