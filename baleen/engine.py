@@ -8,8 +8,6 @@ file knows of it.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import signal
 import sys
 import time
 from collections import deque
@@ -135,9 +133,8 @@ class EngineProcess:
         self._send(EngineReady(self.engine.runner.num_pages, config.cache.page_size, self.engine.runner.load_seconds))
 
     def run(self) -> None:
-        """Serve until `Shutdown`, or until the parent process is gone."""
-        parent = multiprocessing.parent_process()
-        while not self._stop and (parent is None or parent.is_alive()):
+        """Serve until `Shutdown`."""
+        while not self._stop:
             self._receive()
             if self.engine.has_work:
                 outputs = self.engine.step()
@@ -180,12 +177,7 @@ class EngineProcess:
 
 
 def run_process(config: Config, input_address: str, output_address: str) -> None:
-    """The engine process's main; `launch` starts it.
-
-    Ends with the parent, whose signals (Ctrl-C, SIGTERM) it leaves to it.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """The engine process's main. `launch` starts it, keeps signals from it, and ends it with its parent."""
     try:
         process = EngineProcess(config, input_address, output_address)
     except ValueError as error:  # a checkpoint or setting that cannot be served: its message names the fix

@@ -76,17 +76,15 @@ class KVPool:
         kv_cache_dtype: str,
         index_cache_dtype: str,
         device: torch.device,
-        num_layers: int | None = None,
     ) -> None:
         self.latent_dim = model.kv_lora_rank
         self.rope_dim = model.qk_rope_head_dim
         self.key_dim = model.index_head_dim
-        layers = model.num_hidden_layers if num_layers is None else num_layers
         pages = num_pages + 1
         self.index_page_bytes = PAGE_SIZE * (self.key_dim + 4 if index_cache_dtype == "fp8_e4m3" else self.key_dim * 4)
         self.latent: list[Tensor | PackedLatent] = []
         self.index: list[Tensor | PackedIndex] = []
-        for _ in range(layers):
+        for _ in range(model.num_hidden_layers):
             self.latent.append(self._latent_buffer(pages * PAGE_SIZE, kv_cache_dtype, device))
             self.index.append(self._index_buffer(pages, index_cache_dtype, device))
 

@@ -12,7 +12,9 @@ import torch
 from baleen.attention.kv_pool import KVPool, PackedIndex, PackedLatent
 from baleen.attention.test_models import small_model
 
-MODEL = dataclasses.replace(small_model(), kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128)
+MODEL = dataclasses.replace(
+    small_model(), num_hidden_layers=1, kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128
+)
 
 
 def e4m3(byte: int) -> float:
@@ -27,7 +29,7 @@ def raw_bytes(view: torch.Tensor) -> bytes:
 
 
 def test_latent_row_of_656_bytes() -> None:
-    pool = KVPool(MODEL, 2, "fp8_e4m3", "float32", torch.device("cpu"), num_layers=1)
+    pool = KVPool(MODEL, 2, "fp8_e4m3", "float32", torch.device("cpu"))
     rows = pool.latent[0]
     assert isinstance(rows, PackedLatent)
     torch.manual_seed(0)
@@ -60,7 +62,7 @@ def test_latent_row_of_656_bytes() -> None:
 
 
 def test_index_page_of_8448_bytes() -> None:
-    pool = KVPool(MODEL, 2, "float32", "fp8_e4m3", torch.device("cpu"), num_layers=1)
+    pool = KVPool(MODEL, 2, "float32", "fp8_e4m3", torch.device("cpu"))
     pages = pool.index[0]
     assert isinstance(pages, PackedIndex)
     torch.manual_seed(0)
@@ -88,7 +90,7 @@ def test_index_page_of_8448_bytes() -> None:
 @pytest.mark.parametrize("pages", [[1, 2], [2, 1]])
 def test_float_index_reads_what_was_stored(pages: list[int]) -> None:
     """Consecutive pages come back as a view, others as a copy: the same content."""
-    pool = KVPool(MODEL, 2, "float32", "float32", torch.device("cpu"), num_layers=1)
+    pool = KVPool(MODEL, 2, "float32", "float32", torch.device("cpu"))
     keys = torch.randn(128, 128)
     positions = torch.arange(128)
     slots = torch.tensor(pages)[positions // 64] * 64 + positions % 64

@@ -3,5 +3,5 @@
 inputs.py        request slots (page tables, last ids) and the tensors of a step; the only host-to-device copies
 model_runner.py  owns model, KV pool, backend and sampler; `execute(batch) -> StepOutput`
 
-May import config, messages, memory_plan, model, parallel, attention, sampling and kernels.
+May import config, messages, model, attention, sampling and kernels.
 """
