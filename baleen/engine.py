@@ -177,7 +177,7 @@ class EngineProcess:
 
 
 def run_process(config: Config, input_address: str, output_address: str) -> None:
-    """The engine process's main. `launch` starts it, keeps signals from it, and ends it with its parent."""
+    """The engine process's main; `launch` starts it, keeps signals from it, ends it with its parent."""
     try:
         process = EngineProcess(config, input_address, output_address)
     except ValueError as error:  # a checkpoint or setting that cannot be served: its message names the fix
