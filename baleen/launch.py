@@ -222,8 +222,9 @@ async def _watch(process: BaseProcess, client: EngineClient, server: uvicorn.Ser
     code = process.exitcode
     reason = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
     print(f"baleen: error: the engine process ended ({reason})", file=sys.stderr, flush=True)
+    had_requests = client.num_open > 0
     client.fail_all(f"the engine process ended ({reason})")
-    await asyncio.sleep(FAIL_SECONDS if client.num_open else 0.2)
+    await asyncio.sleep(FAIL_SECONDS if had_requests else 0.2)
     server.should_exit = True
     await asyncio.sleep(1.0)
     server.force_exit = True
