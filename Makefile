@@ -10,7 +10,8 @@ ARGS   ?=
 $(VENV)/.serve: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -e . -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e . transformers apache-tvm-ffi -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps xgrammar -c constraints.txt  # with them: triton, 1 GB
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.serve

@@ -16,18 +16,38 @@ import msgspec
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+    """What the output's text must match. The engine compiles it; one that does not compile ends its request with an
+    error of status 400 before any token.
+
+    kind           json_schema: `text` is a JSON schema. regex. ebnf. structural_tag: `text` is xgrammar's JSON.
+                   tools: `text` is JSON {"format": "deepseekv32" | "deepseekv31", "tools": [...], "tool_choice":
+                   "auto" | "required" | {"type": "function", "function": {"name"}}, "parallel_tool_calls": bool}
+    starts_after   the output is free up to and including the first token with this id (that of `</think>`);
+                   None: the first token of the output must match already
+    """
+
+    kind: Literal["json_schema", "regex", "ebnf", "structural_tag", "tools"]
+    text: str
+    starts_after: int | None = None
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the tokens of one request are chosen. Every field is final: the server has already applied defaults.
 
+    min_new_tokens      before so many tokens, neither eos nor a stop id is chosen
     temperature         0 is greedy
     top_k               -1 keeps all
+    logit_bias          (token id, added to its logit before temperature); each id once
     logprobs            None: none. n >= 0: logprob of the chosen token and of the n likeliest, before temperature
+    prompt_logprobs     with `logprobs`: the logprobs of the prompt's tokens from this position on are wanted as well
     seed                None: drawn by the server, so that a request's tokens never depend on its neighbours
     stop                strings; matched on text by the detokenizer, carried here for `baleen.LLM`
     stop_token_ids      besides the model's eos ids; `ignore_eos` turns both off
     """
 
     max_new_tokens: int = 128
+    min_new_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
@@ -35,11 +55,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: Grammar | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def needs_history(self) -> bool:
@@ -64,11 +87,15 @@ def unpack_ids(data: bytes) -> list[int]:
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """One sequence to continue. `input_ids` is `pack_ids` of at least one token; the server has checked the length."""
+    """One sequence to continue. `input_ids` is `pack_ids` of at least one token; the server has checked the length.
+
+    priority   with --enable-priority-scheduling: larger goes first
+    """
 
     rid: str
     input_ids: bytes
     sampling: SamplingParams
+    priority: int = 0
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag=True):
@@ -105,6 +132,9 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     token_ids      new ids; includes the stopping eos
     matched        the eos or stop id that ended the request
     message        with finish_reason "error": what went wrong, for the user
+    status         with finish_reason "error" or "abort": the HTTP status that says whose fault it was
+    prompt_logprobs  with the first output only, if asked for: one for each prompt token from `sampling.prompt_logprobs`
+                   on; None for the very first token, which nothing predicts
     """
 
     rid: str
@@ -116,6 +146,8 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     matched: int | None = None
     message: str = ""
+    status: int = 500
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 class TokenOutputs(msgspec.Struct, frozen=True, tag=True):
