@@ -9,7 +9,19 @@ from torch import Tensor
 BLOCK = 128
 FP8_MAX = 448.0
 AMAX_FLOOR = 1e-4
-EXPONENT_MASK = 0x7F800000
+
+
+def _int32(value: int) -> Tensor:
+    # A Python number in a bitwise operation is made a tensor each time, which takes longer than the operation on a row.
+    return torch.tensor(value, dtype=torch.int32)
+
+
+_EXPONENT = _int32(0x7F800000)
+_MANTISSA = _int32(0x7FFFFF)
+_ROUNDING = _int32((20 << 23) | (1 << 22))
+_CODE_SHIFT = torch.tensor(1 << 7, dtype=torch.int16)
+_CODE_BITS = torch.tensor(~0x4000, dtype=torch.int16)
+_MAGNITUDE = torch.tensor(0x7F, dtype=torch.int8)
 
 
 def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,8 +44,8 @@ def round_1x128(x: Tensor) -> Tensor:
     blocks = _blocks(x)
     scale = _scale(blocks.abs().amax(-1, keepdim=True))
     scaled = blocks * scale.reciprocal()
-    exponent = scaled.view(torch.int32) & EXPONENT_MASK
-    magic = exponent.clamp_(min=(127 - 6) << 23).add_((20 << 23) | (1 << 22)).view(torch.float32)
+    exponent = scaled.view(torch.int32) & _EXPONENT
+    magic = exponent.clamp_(min=(127 - 6) << 23).add_(_ROUNDING).view(torch.float32)
     return _unblock(scaled.add_(magic).sub_(magic).mul_(scale), x.shape[-1]).to(x.dtype)
 
 
@@ -67,9 +79,9 @@ def widen(values: Tensor) -> Tensor:
     0x7f, would become 480.
     """
     codes = values.view(torch.int8)
-    halves = codes.to(torch.int16).mul_(1 << 7).bitwise_and_(~0x4000).view(torch.float16)
+    halves = codes.to(torch.int16).mul_(_CODE_SHIFT).bitwise_and_(_CODE_BITS).view(torch.float16)
     out = halves.float().mul_(2.0**8)
-    magnitudes = codes & 0x7F
+    magnitudes = codes & _MAGNITUDE
     if magnitudes.numel() and int(magnitudes.amax()) == 0x7F:
         out.masked_fill_(magnitudes == 0x7F, torch.nan)
     return out
@@ -89,7 +101,7 @@ def _unblock(blocks: Tensor, dim: int) -> Tensor:
 
 
 def _scale(amax: Tensor) -> Tensor:
-    """2^ceil(log2(max(amax, floor) / 448)); inf for NaN and inf. Exponent bits, plus one if any mantissa bit is set."""
-    bits = (amax.clamp(min=AMAX_FLOOR) / FP8_MAX).view(torch.int32)
-    exponent = (bits >> 23) + (((bits & 0x7FFFFF) + 0x7FFFFF) >> 23)
-    return (exponent.clamp(max=0xFF) << 23).view(torch.float32)
+    """2^ceil(log2(max(amax, floor) / 448)); inf for NaN and inf. Adding all mantissa bits carries into the exponent
+    if any of them was set."""
+    bits = amax.clamp(min=AMAX_FLOOR).div_(FP8_MAX).view(torch.int32)
+    return bits.clamp_(max=0x7F800000).add_(_MANTISSA).bitwise_and_(_EXPONENT).view(torch.float32)

@@ -1,6 +1,6 @@
-"""Grouped GEMM in torch: one mm per expert that has rows, on views of input and output; or, when the rows are few and
-spread over the experts as in decode, one batched product over rows padded to the largest group, which is one call, not
-one an expert."""
+"""Grouped GEMM in torch: one mm per expert that has rows, on views of input and output; or, when each expert has a few
+rows as in decode of a batch, one batched product over rows padded to the largest group, which is one call, not one an
+expert."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The batched form: at most so many rows an expert on average, and so many padded rows for each real one.
-PADDED_ROWS = 8
+# The batched form: so many rows an expert on average, and at most so many padded rows for each real one.
+PADDED_ROWS = (2, 8)
 MAX_PADDING = 3
 
 
@@ -20,7 +20,9 @@ def grouped_gemm(x: Tensor, weight: Tensor, counts: Sequence[int] | Tensor) -> T
     if len(sizes) != weight.shape[0] or sum(sizes) != x.shape[0]:
         given = f"{len(sizes)} counts that sum to {sum(sizes)}"
         raise ValueError(f"grouped_gemm: {given} for {weight.shape[0]} experts and {x.shape[0]} rows")
-    if 0 < x.shape[0] <= PADDED_ROWS * len(sizes) and max(sizes) * len(sizes) <= MAX_PADDING * x.shape[0]:
+    fewest, most = PADDED_ROWS
+    few = fewest * len(sizes) <= x.shape[0] <= most * len(sizes)
+    if few and 0 < max(sizes, default=0) * len(sizes) <= MAX_PADDING * x.shape[0]:
         return _padded(x, weight, sizes)
     out = torch.empty(x.shape[0], weight.shape[1], dtype=x.dtype, device=x.device)
     start = 0

@@ -13,6 +13,8 @@ def topk(logits: Tensor, lengths: Tensor, k: int) -> Tensor:
     if k < 1:
         raise ValueError(f"topk: k is {k}, must be at least 1")
     longest = int(lengths.max()) if lengths.numel() else 0
+    if logits.shape[0] == 1 and longest > k:
+        return _select(logits[:, :longest], k)
     # Rows no longer than k are right here: every position, then -1.
     positions = torch.arange(k, device=logits.device).expand(logits.shape[0], k)
     out = positions.masked_fill(positions >= lengths[:, None], -1)
@@ -38,8 +40,9 @@ def _select(scores: Tensor, k: int) -> Tensor:
     chosen = scores >= threshold
     rows, columns = chosen.nonzero(as_tuple=True)
     # A row has at least k, or none if its threshold is NaN: then its number is missing among every k-th.
-    if rows.numel() == scores.shape[0] * k and torch.equal(
-        rows[::k], torch.arange(scores.shape[0], device=rows.device)
+    one = scores.shape[0] == 1
+    if rows.numel() == scores.shape[0] * k and (
+        one or torch.equal(rows[::k], torch.arange(scores.shape[0], device=rows.device))
     ):
         return columns.view(-1, k)
     counts = chosen.sum(1)
