@@ -15,7 +15,7 @@ USAGE = """usage: baleen COMMAND [--help]
 
   serve    serve a checkpoint over HTTP (OpenAI API); --dry-run shows what would run and why
   chat     talk to a running server in the terminal
-  eval     measure answers of a running server (not built yet)
+  eval     measure the answers of a running server
   bench    measure speed of a running server (not built yet)
   route    send requests to prefill and decode servers (not built yet)
 """
@@ -103,7 +103,7 @@ def describe(resolution: flags.Resolution) -> str:
         for field in dataclasses.fields(section):
             key = f"{name}.{field.name}"
             reason = f"  # {resolution.reasons[key]}" if key in resolution.reasons else ""
-            lines.append(f"  {_flag(key):<34}{_setting(resolution, key):<18}{reason}".rstrip())
+            lines.append(f"  {_flag(key):<40}{_setting(resolution, key):<18}{reason}".rstrip())
     lines += ["", "memory plan:", resolution.plan.table()]
     for title, items in (("warnings", resolution.warnings), ("refused", resolution.refusals)):
         if items:
@@ -145,16 +145,57 @@ def chat(argv: list[str]) -> int:
 
 
 def evaluate(argv: list[str]) -> int:
-    parser = flags.Parser(prog="baleen eval", description="Measure answers of a running server.")
-    parser.add_argument("task", choices=("gsm8k", "gpqa", "aime25"))
-    for name in ("--num-shots", "--num-questions", "--num-examples", "--parallel", "--repeat", "--max-tokens"):
-        parser.add_argument(name, type=int)
-    for name in ("--top-p", "--temperature"):
-        parser.add_argument(name, type=float)
-    parser.add_argument("--thinking-mode", choices=("deepseek-v3",))
+    parser = flags.Parser(prog="baleen eval", description="Measure the answers of a running server.")
+    parser.add_argument("task", choices=("gsm8k", "arithmetic", "needle", "tools", "json", "copy", "gpqa", "aime25"))
+    parser.add_argument("--url", "--base-url", default="http://127.0.0.1:30000", help="the server")
+    parser.add_argument("--model", help="model name; default: the first one served")
+    parser.add_argument("--api-key", help="bearer token")
+    parser.add_argument("--data-path", type=Path, help="gsm8k: GSM8K's JSON lines instead of the bundled problems")
+    parser.add_argument("--num-shots", type=int, default=0, help="gsm8k: so many answered questions come first")
+    parser.add_argument("--num-questions", "--num-examples", type=int, help="how many are asked, all kinds together")
+    parser.add_argument("--parallel", type=int, default=16, help="questions asked at once")
+    parser.add_argument("--repeat", type=int, default=1, help="ask every question so many times")
+    parser.add_argument("--max-tokens", type=int, help="longest answer; default: what fits")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--thinking", action="store_const", const=True, help="always; default: as each problem says")
+    parser.add_argument("--no-thinking", action="store_const", const=False, dest="thinking", help="never")
+    parser.add_argument("--thinking-mode", choices=("deepseek-v3",), help="SGLang's spelling of --thinking")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write settings, figures and answers as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="needle: accuracy by depth and length as PNG")
     given = parser.parse(argv)
-    fix = "any evaluation client of the OpenAI API (lm-eval, sglang.test.run_eval) can be pointed at the server"
-    raise ConfigError(f"baleen eval {given.task}", "needs the evaluation clients, not built yet", fix)
+    if given.task in ("gpqa", "aime25"):
+        fix = "point an evaluation client of the OpenAI API at the server (lm-eval, sglang.test.run_eval)"
+        raise ConfigError(f"baleen eval {given.task}", "its questions do not come with baleen", fix)
+    for name in ("num_questions", "parallel", "repeat", "max_tokens"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            raise ConfigError(_option(name), f"{getattr(given, name)} is too small", "write at least 1")
+    if given.num_shots < 0:
+        raise ConfigError("--num-shots", f"{given.num_shots} is negative", "write at least 0")
+    for name, task in (("data_path", "gsm8k"), ("num_shots", "gsm8k"), ("plot", "needle")):
+        if getattr(given, name) and given.task != task:
+            raise ConfigError(_option(name), f"is for {task}", "leave it out")
+    from baleen.evals import run
+
+    fields = ("model", "max_tokens", "temperature", "top_p")
+    return run.main(
+        given.task,
+        url=given.url,
+        api_key=given.api_key,
+        data_path=given.data_path,
+        num_shots=given.num_shots,
+        num_questions=given.num_questions,
+        parallel=given.parallel,
+        repeat=given.repeat,
+        thinking=True if given.thinking_mode else given.thinking,
+        options={name: getattr(given, name) for name in fields if getattr(given, name) is not None},
+        out=given.out,
+        plot=given.plot,
+    )
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def bench(argv: list[str]) -> int:

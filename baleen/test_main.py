@@ -113,14 +113,21 @@ def test_start_says_what_was_chosen(
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("eval gsm8k --num-shots 8 --num-questions 1319 --parallel 1319", "baleen eval gsm8k: needs "),
         (
             "eval gpqa --num-examples 198 --max-tokens 128000 --repeat 8 --thinking-mode deepseek-v3",
-            "eval gpqa: needs ",
+            "eval gpqa: its questions do not come with baleen",
         ),
-        ("eval aime25 --repeat 4 --temperature 1.0 --top-p 0.95 --max-tokens 64000", "eval aime25: needs "),
+        (
+            "eval aime25 --repeat 4 --temperature 1.0 --top-p 0.95 --max-tokens 64000",
+            "eval aime25: its questions do not come with baleen",
+        ),
         ("eval gsm8k --num-shot", "--num-shots: expected one argument"),
         ("eval chess", "task: invalid choice"),
+        ("eval gsm8k --num-shots 200", "--num-shots: there are 200 problems in all"),
+        ("eval gsm8k --num-shots -1", "--num-shots: -1 is negative"),
+        ("eval gsm8k --parallel 0", "--parallel: 0 is too small"),
+        ("eval json --plot a.png", "--plot: is for needle"),
+        ("eval gsm8k --data-path /no/such/file", "--data-path: /no/such/file cannot be read"),
         ("bench serve", "bench serve: needs "),
         ("bench batch", "bench batch: needs "),
         ("bench speculative", "bench speculative: needs "),
