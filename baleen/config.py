@@ -68,7 +68,7 @@ def opt(
         "least": least, "most": most, "built": built, "needs": needs, "no_effect": no_effect, "note": note,
         "secret": secret,
     }  # fmt: skip
-    return field(default=MISSING if default == AUTO else default, metadata=metadata)
+    return field(default=MISSING if default == AUTO else default, metadata=metadata, repr=not secret)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,9 +174,32 @@ class SchedulerConfig:
         "fcfs",
         "--schedule-policy",
         choices=("fcfs", "lpm", "random", "dfs-weight", "lof", "priority", "routing-key"),
-        built=("lpm",),
-        needs="another policy than fcfs and lpm",
-        help="order of waiting requests; lpm: longest cached prefix first",
+        built=("lpm", "priority"),
+        needs="another policy than fcfs, lpm and priority",
+        help="order of waiting requests; lpm: longest cached prefix first; priority: fcfs with"
+        " --enable-priority-scheduling",
+    )
+    enable_priority_scheduling: bool = opt(
+        False,
+        "--enable-priority-scheduling",
+        help="waiting requests of larger `priority` go first, those of the smallest are retracted first; nothing that"
+        " runs is stopped for one that waits",
+    )
+    schedule_low_priority_values_first: bool = opt(
+        False, "--schedule-low-priority-values-first", help="smaller `priority` goes first"
+    )
+    request_waiting_timeout: float = opt(
+        -1.0,
+        "--request-waiting-timeout",
+        least=-1.0,
+        help="seconds in the queue, then the request ends with 503; 0 or less: no limit",
+    )
+    request_running_timeout: float = opt(
+        -1.0,
+        "--request-running-timeout",
+        least=-1.0,
+        help="seconds from the start of its prompt, then a request ends with finish_reason abort and its output so far;"
+        " 0 or less: no limit",
     )
     schedule_conservativeness: float = opt(
         1.0, "--schedule-conservativeness", least=0.01, most=100.0, help="higher: admit less, retract less"
@@ -392,7 +415,10 @@ class ServerConfig:
         AUTO, "--served-model-name", help="the model's name in the API; auto: as given to --model"
     )
     api_key: str | None = opt(
-        None, "--api-key", needs="API keys (put a proxy before the server)", secret=True, help="bearer token"
+        None, "--api-key", secret=True, help="requests must carry it; /health and /metrics are open to all"
+    )
+    max_request_body_size: int = opt(
+        64 * 2**20, "--max-request-body-size", least=1, help="bytes of a request's body (accepts 64M); 413 above"
     )
     log_level: str = opt(
         "info",
@@ -401,7 +427,7 @@ class ServerConfig:
         help="debug shows each HTTP request; warning and error, less than info",
     )
     tokenizer_worker_num: int = opt(
-        1, "--tokenizer-worker-num", least=1, needs="more than one API process", help="API processes"
+        1, "--tokenizer-worker-num", least=1, most=64, help="processes that share HTTP, tokenization and text"
     )
     enable_metrics: bool = opt(
         False, "--enable-metrics", note="/metrics is always on", help="accepted; /metrics is always on"
@@ -409,14 +435,25 @@ class ServerConfig:
     collect_tokens_histogram: bool = opt(
         False, "--collect-tokens-histogram", no_effect="SGLang has deprecated it too", help="accepted, without effect"
     )
-    tool_call_parser: str | None = opt(
-        None, "--tool-call-parser", needs="tool call parsers", help="format of tool calls"
+    tool_call_parser: str = opt(
+        AUTO,
+        "--tool-call-parser",
+        choices=(AUTO, "deepseekv32", "deepseekv31", "none"),
+        synonyms={"deepseek_v32": "deepseekv32", "deepseek_v31": "deepseekv31"},
+        help="format of tool calls; auto: the chat template's",
     )
-    reasoning_parser: str | None = opt(
-        None, "--reasoning-parser", needs="reasoning parsers", help="how reasoning is told from content"
+    reasoning_parser: str = opt(
+        AUTO,
+        "--reasoning-parser",
+        choices=(AUTO, "deepseek-v3", "none"),
+        synonyms={"deepseek_v3": "deepseek-v3", "deepseek-v3.2": "deepseek-v3", "deepseek_v32": "deepseek-v3"},
+        help="how reasoning is told from content; none: it is left in the content",
     )
-    chat_template: str | None = opt(
-        None, "--chat-template", needs="jinja chat templates (the family's own encoding is used)", help="jinja file"
+    chat_template: str = opt(
+        AUTO,
+        "--chat-template",
+        help="Jinja file, checkpoint (its own template), or a built-in format: deepseekv32, deepseekv32-speciale, "
+        "deepseekv31 (V3.1, V3.2-Exp)",
     )
 
 

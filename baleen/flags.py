@@ -23,7 +23,9 @@ from typing import Any
 
 from baleen import memory_plan
 from baleen.checkpoint_lookup import NoModel, NotInCache, default_folder, find, read_config
+from baleen.checkpoint_variant import choose_chat
 from baleen.config import AUTO, PAGE_SIZE, PUBLISHED, SECTIONS, Config, ConfigError, ModelConfig
+from baleen.hardware import Hardware
 
 __all__ = ["Hardware", "Parser", "Resolution", "default_config", "process_arguments", "resolve"]
 
@@ -32,33 +34,9 @@ ENVIRONMENT = {
     "SGLANG_DSA_PREFILL_DENSE_ATTN_KV_LEN_THRESHOLD": "attention.dense_prefill_threshold",
     "SGLANG_NSA_PREFILL_DENSE_ATTN_KV_LEN_THRESHOLD": "attention.dense_prefill_threshold",
     "SGLANG_PP_LAYER_PARTITION": "parallel.pp_layer_partition",
+    "SGLANG_REQ_WAITING_TIMEOUT": "scheduler.request_waiting_timeout",
+    "SGLANG_REQ_RUNNING_TIMEOUT": "scheduler.request_running_timeout",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """What the choices depend on. device: "cpu", or "cuda" if a GPU is present; memory_bytes: available now."""
-
-    device: str
-    memory_bytes: int
-    num_cpus: int
-
-    @staticmethod
-    def detect() -> Hardware:
-        """This machine, within the limits of its container."""
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        meminfo = Path("/proc/meminfo")
-        if meminfo.exists() and (match := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
-            memory = int(match[1]) * 1024
-        group = Path("/sys/fs/cgroup")
-        if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()).isdigit():
-            # Cached files count as used, but give way.
-            cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-            used = int((group / "memory.current").read_text()) - (int(cached[1]) if cached else 0)
-            memory = max(0, min(memory, int(limit) - used))
-        device = "cuda" if Path("/dev/nvidia0").exists() else "cpu"
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return Hardware(device, memory, cpus)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,6 +265,8 @@ def _resolve(given: dict[str, _Given], environ: Mapping[str, str], hardware: Har
     _refuse_unbuilt(r)
     folder, model = _find_model(r, environ, dry_run)
     _load(r, model)
+    _api_key(r)
+    _chat(r, folder)
     _attention(r, model)
     _sizes(r)
     _cache(r, model)
@@ -392,6 +372,22 @@ def _load(r: _Resolver, model: ModelConfig) -> None:
     r.choose("load.random_seed", seed, "drawn at start; give it to repeat a run")
 
 
+def _api_key(r: _Resolver) -> None:
+    """An empty one is most often a variable that is not set, and what no header can carry would lock everybody out."""
+    key = r["server.api_key"]
+    if key is not None and not (key.isascii() and key.isprintable() and key == "".join(key.split()) != ""):
+        raise r.error("server.api_key", "is empty or has other than printable ASCII characters", "write e.g. sk-abc123")
+
+
+def _chat(r: _Resolver, folder: str) -> None:
+    names = (r["load.model_path"], r["server.served_model_name"])
+    template, parser = r["server.chat_template"], r["server.tool_call_parser"]
+    choices, refusals = choose_chat(template, parser, folder, r["load.tokenizer_path"], names)
+    for choice in choices:
+        r.choose(*choice)
+    r.refusals += refusals
+
+
 def _attention(r: _Resolver, model: ModelConfig) -> None:
     r.choose("attention.attention_backend", "dsa", "the model has an indexer (index_topk)")
     for key in ("prefill_backend", "decode_backend", "topk_backend", "moe_runner_backend", "kernels"):
@@ -407,7 +403,12 @@ def _round_up(value: int) -> int:
 
 
 def _sizes(r: _Resolver) -> None:
-    """Requests and tokens of one step."""
+    """Requests and tokens of one step, and which requests."""
+    if r["scheduler.schedule_policy"] == "priority":
+        r.values["scheduler.enable_priority_scheduling"] = True
+    low_first = "scheduler.schedule_low_priority_values_first"
+    if r[low_first] and not r["scheduler.enable_priority_scheduling"]:
+        r.refusals.append(f"{r.given[low_first].spelling}: priorities are off; add --enable-priority-scheduling")
     chunk_key, running_key = "scheduler.chunked_prefill_size", "scheduler.max_running_requests"
     chunk = r[chunk_key]
     if chunk == -1:

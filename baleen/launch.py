@@ -1,6 +1,9 @@
-"""Starts the engine process beside this one, which serves HTTP; watches it; stops both.
+"""Starts the engine process beside this one, which serves HTTP, alone or with more API processes; watches and stops
+them.
 
-This process never imports torch: the engine process does, in `_engine_main`.
+This process is API process 0. The others share its listening socket, end with it, and hear from it when to stop. One
+that crashes is started anew; its connections are lost and its requests aborted. No API process imports torch: the
+engine process does, in `_engine_main`.
 """
 
 from __future__ import annotations
@@ -16,22 +19,28 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import uvicorn
 import uvloop
 
+from baleen.chat.format import detect
 from baleen.chat.tokenizer import Tokenizer
 from baleen.config import Config, ConfigError
 from baleen.server.app import create_app
 from baleen.server.engine_client import EngineClient
+from baleen.server.shared_counters import SharedCounters
 
 DRAIN_SECONDS = 600  # how long SIGTERM waits for open requests
 SLOW_CLIENT_SECONDS = 10.0  # how long SIGTERM waits for clients to send or to read the rest, when nothing runs any more
 FAIL_SECONDS = 2.0  # how long open responses have to carry the error away once the engine is dead
 STOP_SECONDS = 10.0  # how long the engine has to end after `Shutdown`
+MOST_CRASHES = 3  # of one API process within CRASH_SECONDS: starting it anew does not help, the server ends
+CRASH_SECONDS = 60.0
 
 
 class _Server(uvicorn.Server):
@@ -50,16 +59,24 @@ def serve(config: Config) -> int:
     Raises ConfigError.
     """
     tokenizer = Tokenizer.load(config)
+    chat_format = detect(config)
     listener = _listen(config.server.host, config.server.port)
-    with tempfile.TemporaryDirectory(prefix="baleen-") as folder:
-        engine_input, engine_output = f"ipc://{folder}/in", f"ipc://{folder}/out"
-        process = _start(_engine_main, config, engine_input, engine_output)
+    print(f"baleen: {chat_format.reason}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="baleen-") as name:
+        folder = Path(name)
+        api = _ApiProcess(config, tokenizer, folder, 0)
+        engine = _start(_engine_main, config, _address(folder))
+        others = [_Sibling(config, listener, folder, i) for i in range(1, config.server.tokenizer_worker_num)]
         try:
-            return uvloop.run(_serve(config, tokenizer, listener, process, engine_input, engine_output))
+            return uvloop.run(_serve(api, listener, engine, others))
         finally:
-            if process.is_alive():
+            for process in (engine, *(sibling.process for sibling in others)):
                 process.kill()
-            process.join()
+                process.join()
+
+
+def _address(folder: Path) -> str:
+    return f"ipc://{folder}/engine"
 
 
 def build_random_checkpoint(folder: Path) -> None:
@@ -113,14 +130,20 @@ def _build_main(folder: Path) -> None:
         sys.exit(f"baleen: error: {error}")
 
 
-def _engine_main(config: Config, engine_input: str, engine_output: str) -> None:
+def _engine_main(config: Config, address: str) -> None:
     _end_with_parent()
     from tqdm import tqdm
 
     tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes, left behind by one that is killed
     from baleen.engine import run_process
 
-    run_process(config, engine_input, engine_output)
+    run_process(config, address)
+
+
+def _api_main(config: Config, listener: socket.socket, folder: Path, number: int, orders: Connection) -> None:
+    _end_with_parent()
+    api = _ApiProcess(config, Tokenizer.load(config), folder, number)
+    sys.exit(uvloop.run(_serve_beside(api, listener, orders)))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -137,57 +160,145 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _serve(
-    config: Config,
-    tokenizer: Tokenizer,
-    listener: socket.socket,
-    process: BaseProcess,
-    engine_input: str,
-    engine_output: str,
-) -> int:
-    client = EngineClient(engine_input, engine_output)
-    await client.start()
-    app = create_app(config, client, tokenizer)
-    verbose = config.server.log_level == "debug"
-    server = _Server(
-        uvicorn.Config(
-            app,
-            log_level="info" if verbose else "warning",
-            access_log=verbose,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
-            lifespan="off",
-        )
-    )
+class _ApiProcess:
+    """The application on uvicorn, and its end of the socket to the engine."""
 
-    slow: asyncio.Task[None] | None = None
+    def __init__(self, config: Config, tokenizer: Tokenizer, folder: Path, number: int) -> None:
+        self.config = config
+        self.client = EngineClient(_address(folder), number)
+        counters = SharedCounters(folder / "counters", row=number, num_rows=config.server.tokenizer_worker_num)
+        self.app = create_app(config, self.client, tokenizer, counters)
+        verbose = config.server.log_level == "debug"
+        self._server = _Server(
+            uvicorn.Config(
+                self.app,
+                log_level="info" if verbose else "warning",
+                access_log=verbose,
+                timeout_graceful_shutdown=DRAIN_SECONDS,
+                lifespan="off",
+            )
+        )
+        self._leaving: asyncio.Task[None] | None = None
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Until `stop` or `fail`, and all open requests have ended."""
+        await self._server.serve(sockets=[listener])
+
+    @property
+    def stopping(self) -> bool:
+        return self._leaving is not None
+
+    def stop(self, name: signal.Signals) -> None:
+        """Stop listening and let open requests end; a second Ctrl-C does not wait for them."""
+        if self._leaving is None:
+            self._leaving = asyncio.create_task(_leave_slow_clients(self.client, self._server))
+        self.client.start_draining()
+        self._server.handle_exit(name, None)
+
+    async def fail(self, message: str) -> None:
+        """The engine is gone: end what is open with an error, let the errors out, stop serving."""
+        had_requests = self.client.num_open > 0
+        self.client.fail_all(message)
+        await asyncio.sleep(FAIL_SECONDS if had_requests else 0.2)
+        self._server.should_exit = True
+        await asyncio.sleep(1.0)
+        self._server.force_exit = True
+
+
+class _Sibling:
+    """Another API process, and the pipe for its orders: a signal's name to stop, text to fail with that message."""
+
+    def __init__(self, config: Config, listener: socket.socket, folder: Path, number: int) -> None:
+        self._arguments = (config, listener, folder, number)
+        self._crashes: list[float] = []
+        self.start()
+
+    def start(self) -> None:
+        orders, self._orders = multiprocessing.Pipe(duplex=False)
+        self.process = _start(_api_main, *self._arguments, orders)
+        orders.close()
+
+    def tell(self, order: signal.Signals | str) -> None:
+        with contextlib.suppress(OSError):  # it has ended
+            self._orders.send(order)
+
+    async def keep_alive(self, api: _ApiProcess) -> bool:
+        """Start it anew whenever it crashes; returns when the server stops, False if this is why it must."""
+        while True:
+            reason = await _end_of(self.process)
+            if api.stopping or api.client.dead is not None:
+                return True
+            print(f"baleen: error: API process {self._arguments[-1]} ended ({reason})", file=sys.stderr, flush=True)
+            now = time.monotonic()
+            self._crashes = [*(then for then in self._crashes if now - then < CRASH_SECONDS), now]
+            if len(self._crashes) >= MOST_CRASHES:
+                return False
+            self.start()
+
+
+async def _serve(api: _ApiProcess, listener: socket.socket, engine: BaseProcess, others: list[_Sibling]) -> int:
+    """API process 0: serves, and watches the rest. Returns the exit code."""
+    await api.client.start()
 
     def stop(name: signal.Signals) -> None:
-        nonlocal slow
-        if slow is None:
-            slow = asyncio.create_task(_leave_slow_clients(client, server))
-            if client.num_open:
-                rest = "request" if client.num_open == 1 else "requests"
-                print(f"baleen: stopping after {client.num_open} open {rest} (Ctrl-C again: now)", flush=True)
-        client.start_draining()
-        server.handle_exit(name, None)
+        if not api.stopping and (count := int(api.app.state.service.metrics.open_sequences.total())):
+            rest = "request" if count == 1 else "requests"
+            print(f"baleen: stopping after {count} open {rest} (Ctrl-C again: now)", flush=True)
+        for sibling in others:
+            sibling.tell(name)
+        api.stop(name)
+
+    async def keep_alive(sibling: _Sibling) -> bool:
+        if await sibling.keep_alive(api):
+            return True
+        stop(signal.SIGTERM)
+        return False
 
     for name in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(name, stop, name)
-    engine_died = asyncio.create_task(_watch(process, client, server))
-    announced = asyncio.create_task(_announce(config, client))
-    await server.serve(sockets=[listener])
+    engine_died = asyncio.create_task(_watch(engine, api, others))
+    announced = asyncio.create_task(_announce(api))
+    kept = [asyncio.create_task(keep_alive(sibling)) for sibling in others]
+    await api.serve(listener)
     announced.cancel()
-    if process.is_alive():
+    all_well = all(await asyncio.gather(*kept))
+    if engine.is_alive():
         engine_died.cancel()
-        if not client.ready.is_set():
-            process.kill()  # it is loading, and listens to nobody
-        await client.shutdown_engine()
-        await asyncio.to_thread(process.join, STOP_SECONDS)
-        await client.close()
-        return 0
-    await engine_died
-    await client.close()
-    return 1
+        if not api.client.ready.is_set():
+            engine.kill()  # it is loading, and listens to nobody
+        await api.client.shutdown_engine()
+        await asyncio.to_thread(engine.join, STOP_SECONDS)
+    else:
+        await engine_died
+        all_well = False
+    await api.client.close()
+    return 0 if all_well else 1
+
+
+async def _serve_beside(api: _ApiProcess, listener: socket.socket, orders: Connection) -> int:
+    """Another API process: listens once it can serve, and does what it is told. Returns the exit code."""
+    ordered = asyncio.Event()
+    failing: list[asyncio.Task[None]] = []
+
+    def obey() -> None:
+        order = orders.recv()
+        ordered.set()
+        if isinstance(order, str):
+            failing.append(asyncio.create_task(api.fail(order)))
+        else:
+            api.stop(order)
+
+    await api.client.start()
+    asyncio.get_running_loop().add_reader(orders.fileno(), obey)
+    first = [asyncio.create_task(event.wait()) for event in (api.client.ready, ordered)]
+    await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+    if not ordered.is_set():
+        await api.serve(listener)
+    asyncio.get_running_loop().remove_reader(orders.fileno())
+    for task in first:
+        task.cancel()
+    await api.client.close()
+    return 1 if failing else 0
 
 
 async def _leave_slow_clients(client: EngineClient, server: uvicorn.Server) -> None:
@@ -199,18 +310,29 @@ async def _leave_slow_clients(client: EngineClient, server: uvicorn.Server) -> N
         connection.transport.abort()
 
 
-async def _announce(config: Config, client: EngineClient) -> None:
-    await client.ready.wait()
-    host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
+async def _announce(api: _ApiProcess) -> None:
+    await api.client.ready.wait()
+    server = api.config.server
+    host = f"[{server.host}]" if ":" in server.host else server.host
     print(
-        f"baleen: ready at http://{host}:{config.server.port} (weights loaded in {client.load_seconds:.1f} s;"
+        f"baleen: ready at http://{host}:{server.port} (weights loaded in {api.client.load_seconds:.1f} s;"
         " stop with Ctrl-C)",
         flush=True,
     )
 
 
-async def _watch(process: BaseProcess, client: EngineClient, server: uvicorn.Server) -> None:
-    """When the engine process ends by itself: fail what is open, let the errors out, stop serving."""
+async def _watch(engine: BaseProcess, api: _ApiProcess, others: list[_Sibling]) -> None:
+    """When the engine process ends by itself, all API processes fail."""
+    reason = await _end_of(engine)
+    print(f"baleen: error: the engine process ended ({reason})", file=sys.stderr, flush=True)
+    message = f"the engine process ended ({reason})"
+    for sibling in others:
+        sibling.tell(message)
+    await api.fail(message)
+
+
+async def _end_of(process: BaseProcess) -> str:
+    """Wait until a process ends; returns how."""
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_reader(process.sentinel, ended.set)
@@ -220,11 +342,4 @@ async def _watch(process: BaseProcess, client: EngineClient, server: uvicorn.Ser
         loop.remove_reader(process.sentinel)
     await asyncio.to_thread(process.join)
     code = process.exitcode
-    reason = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-    print(f"baleen: error: the engine process ended ({reason})", file=sys.stderr, flush=True)
-    had_requests = client.num_open > 0
-    client.fail_all(f"the engine process ended ({reason})")
-    await asyncio.sleep(FAIL_SECONDS if had_requests else 0.2)
-    server.should_exit = True
-    await asyncio.sleep(1.0)
-    server.force_exit = True
+    return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"

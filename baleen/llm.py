@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from baleen.chat.detokenizer import Detokenizer
-from baleen.chat.encoding import encode_messages
+from baleen.chat.format import Conversation, detect
 from baleen.chat.tokenizer import Tokenizer
 from baleen.engine import Engine
 from baleen.flags import default_config
@@ -28,8 +28,9 @@ Prompt = str | Sequence[int]
 class Completion:
     """One answer. `token_ids` includes the stopping eos, `text` does not; after a stop string `text` ends before it.
 
-    finish_reason  "stop" or "length"
+    finish_reason  "stop", "length", or "abort" after --request-running-timeout
     stop           the stop string, eos id or stop id that ended it, else None
+    prompt_logprobs  of the prompt's tokens from `SamplingParams.prompt_logprobs` on; None for the very first token
     """
 
     text: str = ""
@@ -39,6 +40,7 @@ class Completion:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
 
 class LLM:
@@ -54,6 +56,7 @@ class LLM:
     def __init__(self, model: str, **settings: Any) -> None:
         self.config = default_config(model, **settings)
         self.tokenizer = Tokenizer.load(self.config)
+        self.chat_format = detect(self.config)
         self.engine = Engine(self.config)
         self._rids = itertools.count()
 
@@ -75,19 +78,31 @@ class LLM:
         """Continue each prompt: text, or token ids. One `SamplingParams` for all or one each; answers in the prompts'
         order.
 
-        Raises ValueError for an empty prompt, one the context cannot hold, or ids outside the vocabulary.
+        Raises ValueError for an empty prompt, one the context cannot hold, ids outside the vocabulary, or a grammar
+        that does not compile.
         """
+        return self._generate(prompts, sampling, shown=frozenset())
+
+    def _generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        shown: frozenset[int],
+    ) -> list[Completion]:
+        """`shown`: special tokens that are text all the same."""
         batch = _as_batch(prompts)
         params = [sampling or SamplingParams()] * len(batch) if not isinstance(sampling, Sequence) else list(sampling)
         if len(params) != len(batch):
             raise ValueError(f"sampling: {len(params)} for {len(batch)} prompts; give one for all or one each")
         ids = [self._ids(prompt) for prompt in batch]
+        for prompt_ids, one in zip(ids, params):
+            self._check(one, len(prompt_ids))
         running = {}
         for prompt_ids, one in zip(ids, params):
             if one.seed is None:
                 one = msgspec.structs.replace(one, seed=secrets.randbits(63))
             rid = str(next(self._rids))
-            running[rid] = _Running(Completion(), Detokenizer(self.tokenizer, one.stop))
+            running[rid] = _Running(Completion(), Detokenizer(self.tokenizer, one.stop, shown=shown))
             self.engine.add(GenerateRequest(rid=rid, input_ids=pack_ids(prompt_ids), sampling=one))
         try:
             while self.engine.has_work:
@@ -101,10 +116,27 @@ class LLM:
         return [one.completion for one in running.values()]
 
     def chat(
-        self, messages: Sequence[dict[str, Any]], sampling: SamplingParams | None = None, *, thinking: bool = False
+        self,
+        messages: Sequence[dict[str, Any]],
+        sampling: SamplingParams | None = None,
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        thinking: bool = False,
     ) -> Completion:
-        """Answer a conversation in the V3.2 chat format. Raises EncodingError for one that has no prompt."""
-        return self.generate(encode_messages(messages, thinking=thinking), sampling)[0]
+        """Answer a conversation, in the model's chat format. The text is the model's own, with the marks of tool calls:
+        `chat.output_parser` tells reasoning and calls from content.
+
+        Raises EncodingError for a conversation that has no prompt, and what `generate` does.
+        """
+        prompt = self.chat_format.encode(Conversation(messages, tools, thinking))
+        return self._generate(prompt.text, sampling, shown=self.tokenizer.mark_ids)[0]
+
+    def _check(self, sampling: SamplingParams, num_prompt: int) -> None:
+        vocab_size = self.config.model.vocab_size
+        if any(not 0 <= token_id < vocab_size for token_id, _ in sampling.logit_bias):
+            raise ValueError(f"logit_bias: token ids must lie in 0..{vocab_size - 1}")
+        if not 0 <= (sampling.prompt_logprobs or 0) <= num_prompt:
+            raise ValueError(f"prompt_logprobs: {sampling.prompt_logprobs} is no position of {num_prompt} tokens")
 
     def _ids(self, prompt: Prompt) -> list[int]:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -133,6 +165,7 @@ class _Running:
             raise ValueError(output.message)
         if done.finish_reason:
             return False
+        done.prompt_logprobs.extend(output.prompt_logprobs)
         done.num_prompt_tokens, done.num_cached_tokens = output.num_prompt_tokens, output.num_cached_tokens
         before = self.detokenizer.num_tokens
         # the text of a stop token is no part of the answer

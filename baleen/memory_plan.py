@@ -19,6 +19,8 @@ KERNEL_SCRATCH = 32 * 1024**2
 SELECTION_COPIES = 6
 # The sampler's int64 temporaries: four of one chunk of rows.
 SAMPLER_SCRATCH = 4 * 16 * 1024**2
+# Logits made at once where the logprobs of a prompt are wanted.
+PROMPT_LOGITS = 2**23
 
 # A tensor's place in the plan, its shape, and how an FP8 checkpoint stores it:
 # "blocks": e4m3 and one fp32 scale per 128x128 block; "plain": as it is; "float32": norms, biases.
@@ -139,7 +141,8 @@ def step_bytes(
         "selection": SELECTION_COPIES * 8 * tokens * min(m.index_topk, context),
         "activations": size * tokens * (4 * m.hidden_size + max(attention, experts + routed)) + 2 * KERNEL_SCRATCH,
         "expanded prefill": expanded_size * expanded,
-        "sampling": 3 * 4 * rows * m.vocab_size + min(SAMPLER_SCRATCH, 4 * 8 * rows * m.vocab_size),
+        "sampling": 3 * 4 * max(rows * m.vocab_size, min(tokens * m.vocab_size, PROMPT_LOGITS))
+        + min(SAMPLER_SCRATCH, 4 * 8 * rows * m.vocab_size),
     }
 
 

@@ -1,6 +1,6 @@
 """Every object that crosses a process or folder boundary, as frozen msgspec structs of plain data.
 
-API process -> engine: `GenerateRequest`, `AbortRequest`, `FlushCache`, `Shutdown`.
+API process -> engine: `Hello`, `GenerateRequest`, `AbortRequest`, `FlushCache`, `Shutdown`.
 engine -> API process: `EngineReady`, `TokenOutputs`, `EngineStats`, `CacheFlushed`.
 scheduler -> runner: `ScheduledBatch`; runner -> scheduler: `StepOutput`. Both hold ints only, so that a batch can be
 sent to the other ranks of a replica as it is.
@@ -35,12 +35,14 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True):
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the tokens of one request are chosen. Every field is final: the server has already applied defaults.
 
-    min_new_tokens      before so many tokens, neither eos nor a stop id is chosen
+    min_new_tokens      before so many tokens neither eos nor a stop id is chosen unless the grammar allows nothing else
     temperature         0 is greedy
     top_k               -1 keeps all
-    logit_bias          (token id, added to its logit before temperature); each id once
-    logprobs            None: none. n >= 0: logprob of the chosen token and of the n likeliest, before temperature
-    prompt_logprobs     with `logprobs`: the logprobs of the prompt's tokens from this position on are wanted as well
+    logit_bias          (token id, added to its logit after the penalties, before temperature); each id once
+    logprobs            None: none. n >= 0: logprob of the chosen token and of the n likeliest, as the model gave them:
+                        before penalties, bias, temperature and filters
+    prompt_logprobs     None: none. Else the logprobs of the prompt's tokens from this position on, each with as many
+                        of the likeliest as `logprobs` says (None: 0)
     seed                None: drawn by the server, so that a request's tokens never depend on its neighbours
     stop                strings; matched on text by the detokenizer, carried here for `baleen.LLM`
     stop_token_ids      besides the model's eos ids; `ignore_eos` turns both off
@@ -67,6 +69,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def needs_history(self) -> bool:
         """True if sampling depends on the tokens seen so far."""
+        return self.has_penalties or self.grammar is not None
+
+    @property
+    def has_penalties(self) -> bool:
         return self.frequency_penalty != 0.0 or self.presence_penalty != 0.0 or self.repetition_penalty != 1.0
 
 
@@ -86,10 +92,20 @@ def unpack_ids(data: bytes) -> list[int]:
 # ---------------------------------------------------------------------------------------------
 
 
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """An API process listens from now on: answered by `EngineReady` once the model is loaded. Requests of an earlier
+    process in its place are aborted.
+    """
+
+
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One sequence to continue. `input_ids` is `pack_ids` of at least one token; the server has checked the length.
 
-    priority   with --enable-priority-scheduling: larger goes first
+    Answered by outputs to the process that sent it, exactly one with a finish_reason, the last. A `rid` that another
+    open request has is an error of status 400.
+
+    priority   with --enable-priority-scheduling: larger goes first (smaller, if the flags say so); 0 where nobody gave
+               one. Without the flag it is not looked at
     """
 
     rid: str
@@ -99,9 +115,14 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag=True):
-    """Stop `rid` and free its pages at once; unknown ids are ignored. No output follows for it."""
+    """Stop `rid` and free its pages at once; unknown ids are ignored. Its last output follows, with finish_reason
+    "abort" and status 200.
+
+    prefix   stop every request whose rid starts with `rid`, of whichever API process
+    """
 
     rid: str
+    prefix: bool = False
 
 
 class FlushCache(msgspec.Struct, frozen=True, tag=True):
@@ -112,7 +133,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """End the engine process after the step that runs."""
 
 
-EngineInput = GenerateRequest | AbortRequest | FlushCache | Shutdown
+EngineInput = Hello | GenerateRequest | AbortRequest | FlushCache | Shutdown
 
 
 # ---- engine -> API process
@@ -157,33 +178,63 @@ class TokenOutputs(msgspec.Struct, frozen=True, tag=True):
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True):
-    """The model is loaded. `num_pages` is the size of the KV pool without the padding page."""
+    """Answer to `Hello`: the model is loaded. `num_pages` is the size of the KV pool without the padding page."""
 
     num_pages: int
     page_size: int
     load_seconds: float
 
 
+# Upper bounds of the queue time histogram.
+QUEUE_SECONDS = (0.1, 0.2, 0.5, 1, 2, 3, 4, 5, 10, 15, 20, 30, 60, 120, 300, 600, 1200, 3000)
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Counters for /metrics and /server_info; gauges are of now, `*_total` since start.
 
+    num_waiting_tokens     prompt tokens, and output of retracted requests, in the queue
+    num_retracted          waiting requests that ran before; part of num_waiting
+    num_decoding_tokens    lengths of the requests that are past their prompt, summed
     num_cached_pages       pages of the prefix cache, of which num_evictable_pages are in no running request's use
+    num_aborted_total      ended by AbortRequest
+    num_timeouts_total     ended by --request-waiting-timeout or --request-running-timeout
+    queue_seconds_total    time from arrival to first admission, of all requests admitted
+    queue_counts_total     how many of these waited at most QUEUE_SECONDS[i], and more than the bound before; one entry
+                           more than there are bounds
     forward_seconds_total  time inside the model's forward; the rest of a busy engine's time is overhead
+    num_grammar_queue      requests whose grammar is being compiled; not part of num_waiting
+    num_grammars_compiled_total  and num_grammars_failed_total: grammars, each once for all requests that have it
+    grammar_compile_seconds_total  time of the compiling threads
+    grammar_mask_seconds_total  time of the thread that works out masks, beside the forward
+    grammar_wait_seconds_total  what the forward did not hide of it
     """
 
     num_running: int = 0
     num_waiting: int = 0
+    num_waiting_tokens: int = 0
+    num_retracted: int = 0
+    num_decoding_tokens: int = 0
     num_pages: int = 0
     num_free_pages: int = 0
     num_cached_pages: int = 0
     num_evictable_pages: int = 0
+    num_evicted_pages_total: int = 0
     num_steps_total: int = 0
     num_prompt_tokens_total: int = 0
     num_cached_tokens_total: int = 0
     num_generated_tokens_total: int = 0
     num_retractions_total: int = 0
     num_aborted_total: int = 0
+    num_timeouts_total: int = 0
+    queue_seconds_total: float = 0.0
+    queue_counts_total: tuple[int, ...] = (0,) * (len(QUEUE_SECONDS) + 1)
     forward_seconds_total: float = 0.0
+    num_grammar_queue: int = 0
+    num_grammars_compiled_total: int = 0
+    num_grammars_failed_total: int = 0
+    grammar_compile_seconds_total: float = 0.0
+    grammar_mask_seconds_total: float = 0.0
+    grammar_wait_seconds_total: float = 0.0
 
 
 class CacheFlushed(msgspec.Struct, frozen=True, tag=True):
@@ -214,6 +265,15 @@ class OpenSlot(msgspec.Struct, frozen=True, kw_only=True):
     history: tuple[int, ...] = ()
 
 
+class ScoredTokens(msgspec.Struct, frozen=True):
+    """Prompt tokens whose logprobs are wanted: `token_ids[i]` under the logits of position `start + i`, all of the same
+    row. Its own position is one further, so the last may not be among the row's tokens.
+    """
+
+    start: int
+    token_ids: tuple[int, ...]
+
+
 class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
     """The tokens of one request in one step.
 
@@ -223,6 +283,7 @@ class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
                  device)
     new_pages    page ids appended to the slot's page table before the step, so that every position computed has a page
     sample       sample from the last token's logits
+    scored       prompt tokens whose logprobs this row gives, if any are wanted
     """
 
     slot: int
@@ -231,6 +292,7 @@ class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
     new_pages: tuple[int, ...] = ()
     sample: bool = True
     open: OpenSlot | None = None
+    scored: ScoredTokens | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -244,13 +306,26 @@ class ScheduledBatch(msgspec.Struct, frozen=True):
     rows: tuple[ScheduledRow, ...]
 
 
+class RowError(msgspec.Struct, frozen=True):
+    """Why a row's request ends with an error. `row` is an index into `StepOutput.token_ids`, the rest as in
+    `TokenOutput`.
+    """
+
+    row: int
+    status: int
+    message: str
+
+
 class StepOutput(msgspec.Struct, frozen=True):
     """`token_ids` and `logprobs` have one entry for each row with `sample`, in row order; a row that asked for no
-    logprobs has None.
+    logprobs has None. `prompt_logprobs` has one entry for each row with `scored`, one logprob for each of its tokens.
 
-    A token id of -1 says that the row's logits held NaN or infinity; the request ends with an error, the others go on.
+    A token id of -1, and a prompt logprob that is NaN, says that the row's logits held NaN or infinity; the request
+    ends with an error, the others go on. So does that of a row in `errors`, whatever its token.
     """
 
     step: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs | None, ...] = ()
+    prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
+    errors: tuple[RowError, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -182,8 +183,38 @@ def test_one_line_for_one_missing_thing(checkpoint: str) -> None:
     line = "--speculative-algorithm EAGLE --speculative-num-steps 3 --schedule-policy lof"
     assert run(checkpoint, line).refusals == [
         "--speculative-algorithm EAGLE, --speculative-num-steps 3: needs multi-token prediction, not built yet",
-        "--schedule-policy lof: needs another policy than fcfs and lpm, not built yet",
+        "--schedule-policy lof: needs another policy than fcfs, lpm and priority, not built yet",
     ]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", ("fcfs", False, False)),
+        ("--enable-priority-scheduling", ("fcfs", True, False)),
+        ("--schedule-policy lpm --enable-priority-scheduling", ("lpm", True, False)),
+        ("--schedule-policy priority", ("priority", True, False)),
+        ("--schedule-policy priority --schedule-low-priority-values-first", ("priority", True, True)),
+    ],
+)
+def test_priorities(checkpoint: str, line: str, expected: tuple[str, bool, bool]) -> None:
+    scheduler = run(checkpoint, line).config.scheduler
+    values = scheduler.enable_priority_scheduling, scheduler.schedule_low_priority_values_first
+    assert (scheduler.schedule_policy, *values) == expected
+
+
+def test_an_order_of_priorities_needs_priorities(checkpoint: str) -> None:
+    (line,) = run(checkpoint, "--schedule-low-priority-values-first").refusals
+    assert line == "--schedule-low-priority-values-first: priorities are off; add --enable-priority-scheduling"
+
+
+def test_timeouts_by_flag_and_variable(checkpoint: str) -> None:
+    line, variables = "--request-running-timeout 9", {"SGLANG_REQ_WAITING_TIMEOUT": "2.5"}
+    scheduler = run(checkpoint, line, variables).config.scheduler
+    assert (scheduler.request_waiting_timeout, scheduler.request_running_timeout) == (2.5, 9.0)
+    off = run(checkpoint, "", {"SGLANG_REQ_WAITING_TIMEOUT": "-1", "SGLANG_REQ_RUNNING_TIMEOUT": "-1"})
+    assert off.config.scheduler == run(checkpoint, "").config.scheduler
+    assert off.warnings == []
 
 
 REFUSED = [
@@ -194,8 +225,7 @@ REFUSED = [
     "--dsa-prefill-backend tilelang", "--dsa-decode-backend fa3", "--dsa-topk-backend sgl-kernel",
     "--moe-runner-backend triton", "--attention-backend fa3", "--device cuda", "--enable-hierarchical-cache",
     "--enable-hisparse", "--radix-eviction-policy lfu", "--schedule-policy random", "--watchdog-timeout 300",
-    "--tool-call-parser deepseekv32", "--reasoning-parser deepseek-v3", "--chat-template x.jinja",
-    "--tokenizer-worker-num 2", "--quantization w8a8_int8", "--quantization fp8",
+    "--quantization w8a8_int8", "--quantization fp8",
 ]  # fmt: skip
 
 
@@ -206,26 +236,56 @@ def test_refused_by_name(checkpoint: str, line: str) -> None:
 
 
 def test_a_secret_is_not_repeated(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    (line,) = run(checkpoint, "--api-key hunter2").refusals
-    assert line.startswith("--api-key: needs ")
-    assert command(["serve", "--model", checkpoint, "--api-key", "hunter2", "--dry-run"], {}) == 2
-    assert "hunter2" not in "".join(capsys.readouterr())
+    resolution = run(checkpoint, "--api-key hunter2")
+    assert resolution.config.server.api_key == "hunter2"
+    assert "hunter2" not in repr(resolution)
+    assert command(["serve", "--model", checkpoint, "--api-key", "hunter2", "--dry-run"], {}) == 0
+    shown = "".join(capsys.readouterr())
+    assert "hunter2" not in shown
+    assert re.search(r"--api-key +\(given\)", shown)
+
+
+@pytest.mark.parametrize("key", ["", " ", "hunter 2", "hunter2\n", "h\u00fcnter"])
+def test_a_key_that_no_header_can_carry_is_refused(checkpoint: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--api-key: is empty or") as refused:
+        flags.resolve(["--model", checkpoint, "--api-key", key], {}, MACHINE)
+    assert "hunter" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
     "line",
     [
         "--tp 1 --dp 1 --ep 1 --pp 1 --moe-dense-tp-size 1 --attn-cp-size 1 --nnodes 1 --node-rank 0",
-        "--disaggregation-mode null --tokenizer-worker-num 1 --device cpu --quantization none",
+        "--disaggregation-mode null --tokenizer-worker-num 2 --device cpu --quantization none",
         "--disable-radix-cache --disable-overlap-schedule --schedule-policy lpm --schedule-conservativeness 1.3",
         "--max-queued-requests 5 --log-level warning --host 0.0.0.0 --port 8000 --served-model-name whale",
         "--kernels reference --dense-prefill-threshold 0 --load-format dummy --dtype bf16 --radix-eviction-policy lru",
         "--page-size 64 --index-cache-dtype fp8_e4m3 --mem-fraction-static 0.7 --max-total-tokens 128k --revision main",
+        "--tool-call-parser deepseekv32 --reasoning-parser deepseek-v3 --chat-template deepseekv32",
     ],
 )
 def test_used(checkpoint: str, line: str) -> None:
     resolution = run(checkpoint, line)
     assert (resolution.refusals, resolution.warnings) == ([], [])
+
+
+def test_the_chat_format_is_decided_with_its_reasons(checkpoint: str) -> None:
+    def chosen(line: str) -> tuple[str, str, str]:
+        server = run(checkpoint, line).config.server
+        return server.chat_template, server.tool_call_parser, server.reasoning_parser
+
+    assert chosen("") == ("deepseekv32", "deepseekv32", "deepseek-v3")
+    assert chosen("--served-model-name DeepSeek-V3.2-Speciale") == ("deepseekv32-speciale", "none", "deepseek-v3")
+    assert chosen("--served-model-name DeepSeek-V3.2-Exp") == ("deepseekv31", "deepseekv31", "deepseek-v3")
+    assert chosen("--tool-call-parser deepseek_v31 --reasoning-parser none") == ("deepseekv31", "deepseekv31", "none")
+    assert chosen("--reasoning-parser deepseek_v3")[2] == "deepseek-v3"
+    reasons = run(checkpoint, "--served-model-name DeepSeek-V3.2-Exp").reasons
+    assert reasons["server.chat_template"] == "V3.2-Exp by the name DeepSeek-V3.2-Exp"
+    (refusal,) = run(checkpoint, "--chat-template x.jinja").refusals
+    assert refusal.startswith("--chat-template x.jinja: there is no such file; give a Jinja file, or one of deepseekv")
+    for line in ("--tool-call-parser pythonic", "--reasoning-parser deepseek-r1"):
+        with pytest.raises(ConfigError, match="is not a choice; choose from auto, deepseek"):
+            run(checkpoint, line)
 
 
 @pytest.mark.parametrize(

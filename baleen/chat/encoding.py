@@ -1,18 +1,40 @@
-"""The DeepSeek-V3.2 chat format: a conversation -> the prompt text the model was trained on.
+r"""The DeepSeek-V3.2 chat format: a conversation -> the prompt text the model was trained on.
 
     <bos>{system}<|User|>{question}<|Assistant|></think>{answer}<eos><|User|>{question}<|Assistant|><think>
 
 A user turn already opens the answer: `<think>` if the model is to think (only after the last user turn, in thinking
-mode), else `</think>`. Reasoning before the last user turn is never sent again.
+mode), else `</think>`. Reasoning before the last user turn is never sent again; reasoning after it is, so that a model
+amid its tool calls remembers why it made them. Tools and the answer's schema stand in the first system message, calls
+and results in the assistant's turn:
+
+    ...<|Assistant|><think>{reasoning}</think>{text}\n\n<DSML function_calls>...</DSML function_calls><eos>
+    \n\n<function_results>\n<result>...</result>\n</function_results>\n\n<think>{reasoning}</think>{answer}<eos>
+
+Where the official encoder would fail or lose something, this one differs:
+- thinking, with a developer turn before the last user turn: it stays as a user turn does (officially an error);
+- thinking, with an assistant turn of the current loop that has neither reasoning nor calls: its reasoning is empty
+  (officially an error);
+- results are matched to their calls by `tool_call_id` where that is possible (`conversation.read_messages`);
+- results that are missing, and an end that leaves nothing to answer, are errors.
 
 Source: encoding/encoding_dsv32.py of the DeepSeek-V3.2 model repository.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+from baleen.chat.conversation import (
+    Conversation,
+    EncodingError,
+    Message,
+    Prompt,
+    check_answerable,
+    read_messages,
+    to_json,
+)
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -20,122 +42,152 @@ USER = "<｜User｜>"
 ASSISTANT = "<｜Assistant｜>"
 THINK_START = "<think>"
 THINK_END = "</think>"
+DSML = "｜DSML｜"
 
-Message = Mapping[str, Any]
+_TOOLS = f"""\n\n## Tools
+
+You have access to a set of tools you can use to answer the user's question.
+You can invoke functions by writing a "<{DSML}function_calls>" block like the following as part of your reply to the \
+user:
+<{DSML}function_calls>
+<{DSML}invoke name="$FUNCTION_NAME">
+<{DSML}parameter name="$PARAMETER_NAME" string="true|false">$PARAMETER_VALUE</{DSML}parameter>
+...
+</{DSML}invoke>
+<{DSML}invoke name="$FUNCTION_NAME2">
+...
+</{DSML}invoke>
+</{DSML}function_calls>
+
+String and scalar parameters should be specified as is without any escaping or quotes, while lists and objects should \
+use JSON format. The "string" attribute should be set to "true" for string type parameters and "false" for other types \
+(numbers, booleans, arrays, objects).
+
+If the thinking_mode is enabled, then after function results you should strongly consider outputting a thinking block. \
+Here is an example:
+
+<{DSML}function_calls>
+...
+</{DSML}function_calls>
+
+<function_results>
+...
+</function_results>
+
+{THINK_START}...thinking about results{THINK_END}
+
+Here are the functions available in JSONSchema format:
+<functions>
+"""
+_TOOLS_END = "\n</functions>\n"
+_RESPONSE_FORMAT = "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
 
 
-class EncodingError(ValueError):
-    """A conversation that has no prompt. `field` is the place, as in `messages[2].content`."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field = field
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """One message where it stands. `index` counts the caller's messages, dropped ones included."""
-
-    index: int
-    message: Message
-    last_user: int
-    thinking: bool
-
-    @property
-    def may_think(self) -> bool:
-        """True if an answer that starts or stands here carries its reasoning."""
-        return self.thinking and self.index >= self.last_user
-
-    @property
-    def content(self) -> str:
-        return content_text(self.message.get("content"), f"messages[{self.index}].content")
-
-
-def encode_messages(messages: Sequence[Message], *, thinking: bool) -> str:
-    """The prompt that asks for the next answer. Encode it with special-token adding off: it starts with its own bos.
-
-    messages   {"role", "content"[, "reasoning_content"]}; content is a string, a list of text parts, or None
-    Raises:    EncodingError.
-    """
-    if not messages:
-        raise EncodingError("messages", "messages must not be empty")
-    last = messages[-1].get("role")
-    if last not in ("user", "developer"):
-        raise EncodingError(
-            f"messages[{len(messages) - 1}].role",
-            f"the last message must be from user or developer, to have something to answer; it is from {last!r}",
-        )
-    return render(messages, thinking=thinking)
+def encode(conversation: Conversation) -> Prompt:
+    """The prompt that asks for the next answer. Raises EncodingError."""
+    if conversation.template_kwargs:
+        name = next(iter(conversation.template_kwargs))
+        raise EncodingError(f"chat_template_kwargs.{name}", "this chat format knows thinking and enable_thinking")
+    messages, final = read_messages(conversation)
+    check_answerable(messages, final)
+    text = render(_with_offers(messages, conversation), thinking=conversation.thinking)
+    return with_beginning(text, final)
 
 
 def render(messages: Sequence[Message], *, thinking: bool) -> str:
     """The text of any conversation, also one that ends in an answer. Raises EncodingError."""
-    last_user = max((i for i, m in enumerate(messages) if m.get("role") in ("user", "developer")), default=-1)
+    last_user = max((i for i, m in enumerate(messages) if m.role in ("user", "developer")), default=-1)
     parts = [BOS]
-    for index, message in enumerate(messages):
-        role = message.get("role")
-        renderer = RENDERERS.get(role) if isinstance(role, str) else None
-        if renderer is None:
-            known = ", ".join(RENDERERS)
-            raise EncodingError(f"messages[{index}].role", f"unknown role {role!r}; known roles: {known}")
-        if thinking and role == "developer" and index < last_user:
-            continue  # the format forgets a developer turn together with the reasoning that followed it
-        parts.append(renderer(_Turn(index, message, last_user, thinking)))
+    for i, message in enumerate(messages):
+        may_think = thinking and i >= last_user
+        if message.role == "system":
+            parts.append(message.content + _offers(message))
+        elif message.role == "user":
+            parts.append(USER + message.content + ASSISTANT + _think_tag(may_think))
+        elif message.role == "developer":
+            body = f"{_offers(message)}\n\n# The user's message is: {message.content}"
+            parts.append(USER + body + ASSISTANT + _think_tag(may_think))
+        elif message.role == "assistant":
+            reasoning = message.reasoning + THINK_END if may_think else ""
+            parts.append(reasoning + message.content + _calls(message) + EOS)
+        else:
+            first = messages[i - 1].role != "tool"
+            last = i + 1 == len(messages) or messages[i + 1].role != "tool"
+            parts.append("\n\n<function_results>" if first else "")
+            parts.append(f"\n<result>{message.content}</result>")
+            parts.append(f"\n</function_results>\n\n{_think_tag(may_think)}" if last else "")
     return "".join(parts)
 
 
-def content_text(content: Any, field: str) -> str:
-    """A message's content as one string: text parts are joined by one space, None is empty. Raises EncodingError."""
-    if content is None:
+def with_beginning(text: str, final: Message | None) -> Prompt:
+    """`text`, which may end in a think tag, and the beginning of the answer that `final` gives.
+
+    Content is never put inside reasoning: where the prompt thinks and `final` has content alone, the reasoning is
+    empty. Content that opens or closes the reasoning by tags of its own is taken as it is; without thinking it always
+    is.
+    """
+    opened = text.endswith(THINK_START)
+    if final is None or not (final.content or final.reasoning):
+        return Prompt(text, opened)
+    content, reasoning = final.content, final.reasoning
+    if not opened:
+        if not content:
+            problem = "reasoning is continued in thinking mode only; the request has thinking off"
+            raise EncodingError(f"{final.place}.reasoning_content", problem)
+        return Prompt(text + content, False)
+    if reasoning:
+        return Prompt(text + reasoning + (THINK_END + content if content else ""), not content)
+    if content.startswith(THINK_START) or THINK_END in content:
+        return Prompt(text + content.removeprefix(THINK_START), THINK_END not in content)
+    return Prompt(text + THINK_END + content, False)
+
+
+def _with_offers(messages: list[Message], conversation: Conversation) -> list[Message]:
+    """The request's tools and schema go to the first system message, which is made if there is none."""
+    if not (conversation.tools or conversation.response_schema):
+        return messages
+    first, rest = Message(-1, "system"), messages
+    if messages[0].role == "system":
+        first, rest = messages[0], messages[1:]
+    if conversation.tools and first.tools:
+        raise EncodingError(f"{first.place}.tools", "the request has tools too: give them in one place")
+    if conversation.response_schema and first.response_format:
+        raise EncodingError(f"{first.place}.response_format", "the request has one too: give it in one place")
+    offers = replace(
+        first,
+        tools=tuple(conversation.tools) or first.tools,
+        response_format=conversation.response_schema or first.response_format,
+    )
+    return [offers, *rest]
+
+
+def _offers(message: Message) -> str:
+    """The tools and the response format that stand in a system or developer message."""
+    text = ""
+    if message.tools:
+        functions = [to_json(tool["function"], "tools") for tool in message.tools]
+        text += _TOOLS + "\n".join(functions) + _TOOLS_END
+    if message.response_format:
+        text += _RESPONSE_FORMAT + to_json(message.response_format, "response_format")
+    return text
+
+
+def _calls(message: Message) -> str:
+    if not message.calls:
         return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise EncodingError(field, f"content must be a string or a list of parts, not {type(content).__name__}")
-    texts = []
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        if kind != "text":
-            raise EncodingError(f"{field}[{i}].type", f"only parts of type 'text' can be read, not {kind!r}")
-        if not isinstance(part.get("text"), str):
-            raise EncodingError(f"{field}[{i}].text", "a text part needs its text as a string")
-        texts.append(part["text"])
-    return " ".join(texts)
+    invokes = []
+    for call in message.calls:
+        parameters = "\n".join(_parameter(name, value, message.place) for name, value in call.arguments.items())
+        invokes.append(f'<{DSML}invoke name="{call.name}">\n{parameters}\n</{DSML}invoke>')
+    return f"\n\n<{DSML}function_calls>\n" + "\n".join(invokes) + f"\n</{DSML}function_calls>"
 
 
-def _system(turn: _Turn) -> str:
-    return turn.content
+def _parameter(name: str, value: Any, place: str) -> str:
+    """Strings as they are, everything else as JSON."""
+    is_text = isinstance(value, str)
+    text = value if is_text else to_json(value, f"{place}.tool_calls")
+    return f'<{DSML}parameter name="{name}" string="{"true" if is_text else "false"}">{text}</{DSML}parameter>'
 
 
-def _user(turn: _Turn) -> str:
-    if turn.message.get("content") is None:
-        raise EncodingError(f"messages[{turn.index}].content", "a user message needs content")
-    return USER + turn.content + ASSISTANT + (THINK_START if turn.may_think else THINK_END)
-
-
-def _developer(turn: _Turn) -> str:
-    if not turn.content:
-        raise EncodingError(f"messages[{turn.index}].content", "a developer message needs content")
-    body = f"\n\n# The user's message is: {turn.content}"
-    return USER + body + ASSISTANT + (THINK_START if turn.may_think else THINK_END)
-
-
-def _assistant(turn: _Turn) -> str:
-    reasoning = ""
-    if turn.may_think:
-        reasoning = turn.message.get("reasoning_content") or ""
-        if not reasoning or not isinstance(reasoning, str):
-            raise EncodingError(
-                f"messages[{turn.index}].reasoning_content",
-                "in thinking mode an assistant message after the last user message needs its reasoning_content",
-            )
-        reasoning += THINK_END
-    return reasoning + turn.content + EOS
-
-
-RENDERERS: dict[str, Callable[[_Turn], str]] = {
-    "system": _system,
-    "user": _user,
-    "developer": _developer,
-    "assistant": _assistant,
-}
+def _think_tag(thinks: bool) -> str:
+    return THINK_START if thinks else THINK_END

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import models
 
 from baleen.chat.conftest import VOCAB_SIZE, build_tokenizer
 from baleen.chat.encoding import BOS, EOS, THINK_END
@@ -18,6 +20,25 @@ def test_encode_adds_nothing(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode(f"{BOS}{EOS}") == [bos, eos]
     assert bos not in tokenizer.encode("Hello!")
     assert inner.decode(tokenizer.encode("Hello! 世界")) == "Hello! 世界"
+
+
+def test_half_a_surrogate_pair_is_no_text(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="lone surrogate"):
+        tokenizer.encode("a\ud800")
+    assert tokenizer.encode("\U0001f600")
+
+
+def test_marks_of_reasoning_and_calls() -> None:
+    inner = build_tokenizer()
+    tokenizer = Tokenizer(inner)
+    assert tokenizer.think_end_id == inner.token_to_id(THINK_END)
+    marks = [
+        "｜DSML｜",
+        *(f"<｜tool▁{name}｜>" for name in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep")),
+    ]
+    assert tokenizer.mark_ids == {inner.token_to_id(mark) for mark in marks}
+    without = Tokenizer(tokenizers.Tokenizer(models.BPE()))
+    assert (without.think_end_id, without.mark_ids) == (None, frozenset())
 
 
 def test_token_bytes_of_every_kind(tokenizer: Tokenizer) -> None:

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import tokenizers
 
-from baleen.chat.encoding import THINK_END, THINK_START
+from baleen.chat.encoding import DSML, THINK_END, THINK_START
 from baleen.config import Config, ConfigError
 
 # The parsers look for these in the text, so they are text even where a tokenizer.json calls them special.
-_MARKS = (THINK_START, THINK_END)
+_THINK_MARKS = (THINK_START, THINK_END)
+# Of tool calls, in the formats of V3.2 and V3.1.
+_CALL_MARKS = (
+    DSML, "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
+    "<｜tool▁sep｜>",
+)  # fmt: skip
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -32,7 +37,10 @@ class Tokenizer:
 
     num_ids           one more than the highest id
     max_token_bytes   of the longest token: a text of more than n times as many bytes has more than n ids
-    special_ids       ids whose text a user does not see
+    special_ids       ids whose text a user does not see; V3.2's tokenizer has the mark ｜DSML｜ among them
+    mark_ids          ids that tool calls are written with: whoever parses the text must see theirs
+    added_ids         id -> text of the tokens that stand outside of the BPE: special ones, marks, placeholders
+    think_end_id      the id of `</think>`; None if the tokenizer has no such token
     """
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
@@ -44,7 +52,10 @@ class Tokenizer:
         self.num_ids = max(vocab.values(), default=-1) + 1
         self.max_token_bytes = max((len(piece.encode()) for piece in vocab), default=1)
         added = inner.get_added_tokens_decoder()
-        self.special_ids = frozenset(i for i, t in added.items() if t.special and t.content not in _MARKS)
+        self.added_ids = {i: token.content for i, token in added.items()}
+        self.special_ids = frozenset(i for i, t in added.items() if t.special and t.content not in _THINK_MARKS)
+        self.mark_ids = frozenset(vocab[mark] for mark in _CALL_MARKS if mark in vocab)
+        self.think_end_id: int | None = vocab.get(THINK_END)
 
     @classmethod
     def load(cls, config: Config) -> Tokenizer:
@@ -73,8 +84,15 @@ class Tokenizer:
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text` and nothing else: no bos is added; special tokens written in `text` become their ids."""
-        return self._inner.encode(text, add_special_tokens=False).ids
+        """The ids of `text` and nothing else: no bos is added.
+
+        Special tokens that are spelled in `text` become their ids, also where a user wrote them: as in all engines.
+        Raises ValueError for half a surrogate pair, which is no text.
+        """
+        try:
+            return self._inner.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise ValueError("a lone surrogate (half of a \\ud83d\\ude00 pair) is not text") from None
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token adds to the text; none for an id without a token (the model's padding rows)."""

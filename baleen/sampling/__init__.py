@@ -2,6 +2,7 @@
 
     sampler.py     per-slot parameters and the pipeline: penalties, temperature, filters, draw
     penalties.py   which tokens each slot has seen, and what that costs them
+    token_bias.py  logit_bias and min_new_tokens
     filters.py     top-k, top-p and min-p on exact integer weights
     noise.py       random numbers as a function of (seed, position, token id)
     logprobs.py    log-probabilities for the requests that asked

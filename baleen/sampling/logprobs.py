@@ -1,8 +1,8 @@
-"""Log-probabilities of sampled tokens, for the requests that asked."""
+"""Log-probabilities of sampled tokens and of prompts, for the requests that asked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,10 +29,12 @@ def token_logprobs(logits: Tensor, ids: Tensor, num_top: Sequence[int]) -> list[
     logits   [R, V] float32, as the model gave them: before penalties and temperature
     ids      [R] int64, the chosen tokens; -1 gives None
     num_top  per row, how many of the likeliest tokens to report (at most V are); equal ones by lowest id
+    returns  [R]; NaN where the row holds NaN or +inf
     Cost:    waits for the device once.
     """
     width = min(max(num_top), logits.shape[1])
     normaliser = logits.logsumexp(dim=1, keepdim=True)
+    normaliser = normaliser.where(normaliser.isfinite(), torch.nan)
     chosen = logits.gather(1, ids.clamp(min=0)[:, None]) - normaliser
     chunks = logits.split(max(1, _CHUNK_ELEMENTS // logits.shape[1]))
     top_ids = torch.cat([_rank_logits(chunk, width) for chunk in chunks])
@@ -47,3 +49,24 @@ def token_logprobs(logits: Tensor, ids: Tensor, num_top: Sequence[int]) -> list[
         pairs = zip(row[2 : 2 + count], row[2 + width :], strict=False)
         result.append(TokenLogprobs(row[1], tuple((int(token_id), logprob) for token_id, logprob in pairs)))
     return result
+
+
+def prompt_logprobs(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, token_ids: Sequence[int], num_top: int, rows: int
+) -> tuple[TokenLogprobs, ...]:
+    """Log-probability of a given token after each hidden state, and of the likeliest ones.
+
+    head       [R, hidden] -> logits [R, V] float32
+    hidden     [T, hidden]
+    token_ids  [T], the tokens that follow
+    num_top    how many of the likeliest tokens to report; equal ones by lowest id
+    rows       how many logits to have at once
+    returns    T entries; NaN where the logits held NaN or +inf
+    Cost:      waits for the device once for each `rows`.
+    """
+    entries: list[TokenLogprobs] = []
+    for start in range(0, len(token_ids), rows):
+        logits = head(hidden[start : start + rows])
+        ids = torch.tensor(token_ids[start : start + rows], device=hidden.device)
+        entries += (entry for entry in token_logprobs(logits, ids, [num_top] * len(ids)) if entry is not None)
+    return tuple(entries)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import or_
 from typing import NamedTuple
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from baleen.messages import OpenSlot, SamplingParams, TokenLogprobs
 from baleen.sampling import filters, noise
-from baleen.sampling.logprobs import token_logprobs
+from baleen.sampling.logprobs import prompt_logprobs, token_logprobs
 from baleen.sampling.penalties import TokenHistory
+from baleen.sampling.token_bias import TokenBias
 
 # What a slot needs besides argmax, as bits. A slot that samples has exactly one of the first three.
 _RACE = 1  # all tokens stay, or min_p alone: nothing to sort
@@ -21,6 +22,8 @@ _NARROW = 2  # top_k <= _NARROW_WIDTH: the likeliest top_k tokens are enough
 _WIDE = 4  # top_p, or a large top_k
 _HISTORY = 8
 _LOGPROBS = 16
+_BIAS = 32
+_HOLD = 64  # less than min_new_tokens so far: not of a slot, but of a slot and a position
 
 _NARROW_WIDTH = 256
 
@@ -29,6 +32,9 @@ _NUCLEUS_WIDTH = 64
 
 # Below this a temperature is 0, as in SGLang.
 _MIN_TEMPERATURE = 1e-6
+
+# The logits of a prompt are made so many at a time: 32 MiB, 64 positions of the released model.
+_PROMPT_ELEMENTS = 2**23
 
 # Rows are taken in chunks of this many logits: the int64 temporaries of one chunk take 16 MiB each.
 _CHUNK_ELEMENTS = 2**21
@@ -46,7 +52,8 @@ class SampledTokens(NamedTuple):
 
 
 class Sampler:
-    """The sampling state of every slot, and the pipeline: penalties, temperature, top-k, top-p, min-p, draw.
+    """The sampling state of every slot, and the pipeline: penalties, token biases, temperature, top-k, top-p, min-p,
+    draw.
 
     The draw is an exponential race: with e_i exponential of mean 1, argmax(p_i / e_i) is token i with probability p_i
     (Gumbel-max without its outer logarithm). e_i depends on (seed, position, i) only, so a token depends on no other
@@ -54,8 +61,10 @@ class Sampler:
     equals.
     """
 
-    def __init__(self, max_slots: int, vocab_size: int, device: torch.device | str) -> None:
-        """Raises: ValueError if vocab_size > filters.MAX_VOCAB_SIZE."""
+    def __init__(
+        self, max_slots: int, vocab_size: int, device: torch.device | str, eos_token_ids: Sequence[int] = ()
+    ) -> None:
+        """eos_token_ids: what min_new_tokens holds back besides stop ids. ValueError: vocab_size > MAX_VOCAB_SIZE."""
         if vocab_size > filters.MAX_VOCAB_SIZE:
             raise ValueError(f"vocab_size is {vocab_size}, the sampler holds at most {filters.MAX_VOCAB_SIZE}")
         self._vocab_size = vocab_size
@@ -69,7 +78,9 @@ class Sampler:
         self._numbers = torch.zeros(max_slots, 6, dtype=torch.float64, device=self._device)
         # random stream, top_k (vocab_size: all)
         self._integers = torch.zeros(max_slots, 2, dtype=torch.int64, device=self._device)
+        self._hold_until = [0] * max_slots  # position of the first token that may end the request
         self._history = TokenHistory(max_slots, vocab_size, self._device)
+        self._bias = TokenBias(vocab_size, eos_token_ids, self._device)
 
     def open(self, slot: int, opened: OpenSlot) -> None:
         """Give `slot` to a request and forget the one before. A seed of None is 0."""
@@ -85,16 +96,24 @@ class Sampler:
             self._history.open(slot, opened.history, opened.num_prompt)
         else:
             self._history.close(slot)
+        self._hold_until[slot] = opened.num_prompt + params.min_new_tokens if params.min_new_tokens else 0
+        self._bias.open(slot, opened)
 
-    def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> SampledTokens:
+    def sample(
+        self, logits: Tensor, slots: Sequence[int], positions: Sequence[int], unmasked: Tensor | None = None
+    ) -> SampledTokens:
         """One token per row; the penalties of later calls count it.
 
-        logits     [R, V] float32, left as they are; R may be 0
+        logits     [R, V] float32, left as they are; R may be 0. -inf, by a grammar, stays out whatever the request adds
+        unmasked   [R, V] float32, the logits before grammars, for the logprobs; None: the same
         slots      [R], open and all different
         positions  [R], the position in its request of the token being sampled
         Cost:      does not wait for the device, unless a row wants logprobs.
         """
-        flags = [self._flags[slot] for slot in slots]
+        flags = [
+            self._flags[slot] | (_HOLD if position < self._hold_until[slot] else 0)
+            for slot, position in zip(slots, positions, strict=True)
+        ]
         wanted = reduce(or_, flags, 0)
         if not wanted:
             largest, ids = logits.max(dim=1)
@@ -104,12 +123,23 @@ class Sampler:
             chunk = slice(start, start + self._chunk_rows)
             chunks.append(self._sample_chunk(logits[chunk], flags[chunk], slots[chunk], positions[chunk]))
         ids = torch.cat(chunks)
-        return SampledTokens(ids, self._logprobs(logits, ids, flags, slots) if wanted & _LOGPROBS else None)
+        if not wanted & _LOGPROBS:
+            return SampledTokens(ids, None)
+        return SampledTokens(ids, self._logprobs(logits if unmasked is None else unmasked, ids, flags, slots))
+
+    def prompt_logprobs(
+        self, slot: int, head: Callable[[Tensor], Tensor], hidden: Tensor, token_ids: Sequence[int]
+    ) -> tuple[TokenLogprobs, ...]:
+        """`logprobs.prompt_logprobs` with the number of likeliest tokens that the slot's request asked for."""
+        rows = max(1, _PROMPT_ELEMENTS // self._vocab_size)
+        return prompt_logprobs(head, hidden, token_ids, self._num_top[slot], rows)
 
     def _flags_of(self, params: SamplingParams) -> int:
-        flags = _HISTORY if params.needs_history else 0
+        flags = _HISTORY if params.has_penalties else 0
         if params.logprobs is not None:
             flags |= _LOGPROBS
+        if params.logit_bias:
+            flags |= _BIAS
         if params.temperature < _MIN_TEMPERATURE or params.top_k == 1:
             return flags
         if 0 < params.top_k < self._vocab_size:
@@ -122,10 +152,16 @@ class Sampler:
         remembering = _rows_with(flags, _HISTORY)
         if remembering:
             row_slots = [slots[row] for row in remembering]
-            rows, state, table_rows = self._upload(remembering, row_slots, self._history.rows(row_slots))
+            history_rows = self._history.rows(row_slots)
+            remembering_rows, state, table_rows = self._upload(remembering, row_slots, history_rows)
             repetition, frequency, presence = self._numbers[state, 3:].float().split(1, dim=1)
-            penalised = self._history.penalise(logits[rows], table_rows, repetition, frequency, presence)
-            logits = logits.index_copy(0, rows, penalised)
+            penalised = self._history.penalise(logits[remembering_rows], table_rows, repetition, frequency, presence)
+            logits = logits.index_copy(0, remembering_rows, penalised)
+        for kind, change in ((_BIAS, self._bias.add), (_HOLD, self._bias.hold_back)):
+            changing = _rows_with(flags, kind)
+            if changing:
+                (rows,) = self._upload(changing)
+                logits = logits.index_copy(0, rows, change(logits[rows], [slots[row] for row in changing]))
         largest, ids = logits.max(dim=1)
         for kind in (_RACE, _NARROW, _WIDE):
             drawing = _rows_with(flags, kind)
@@ -139,7 +175,7 @@ class Sampler:
                     ids.index_copy_(0, drawn_rows, drawn)
         ids = _checked(ids, largest)
         if remembering:
-            self._history.record(table_rows, ids[rows])
+            self._history.record(table_rows, ids[remembering_rows])
         return ids
 
     def _draw(

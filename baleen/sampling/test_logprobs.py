@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from baleen.sampling.logprobs import token_logprobs
+from baleen.sampling.logprobs import prompt_logprobs, token_logprobs
 
 
 def test_against_numpy() -> None:
@@ -49,3 +51,36 @@ def test_a_row_without_a_token_has_none() -> None:
     assert bad is None
     assert good is not None
     assert good.logprob == pytest.approx(-0.6931472)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 100])
+def test_prompt_logprobs_do_not_depend_on_the_chunk(rows: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight = torch.randn(7, 16, generator=generator), torch.randn(50, 16, generator=generator)
+    token_ids = [3, 0, 49, 7, 7, 12, 1]
+    most = 0
+
+    def head(states: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        most = max(most, len(states))
+        return states @ weight.T
+
+    entries = prompt_logprobs(head, hidden, token_ids, 2, rows)
+    assert most == min(rows, 7)
+    exact = (hidden.double() @ weight.double().T).log_softmax(dim=1)
+    assert len(entries) == 7
+    for row, (entry, token_id) in enumerate(zip(entries, token_ids)):
+        assert entry.logprob == pytest.approx(exact[row, token_id].item(), abs=1e-5)
+        top = exact[row].topk(2)
+        assert [i for i, _ in entry.top] == top.indices.tolist()
+        assert [logprob for _, logprob in entry.top] == pytest.approx(top.values.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_prompt_logprobs_of_bad_logits_are_nan(bad: float) -> None:
+    """Whichever token holds it."""
+    logits = torch.zeros(3, 10)
+    logits[1, 4] = bad
+    for token_id in (2, 4):
+        entries = prompt_logprobs(lambda states: states, logits, [token_id] * 3, 1, 8)
+        assert [math.isnan(entry.logprob) for entry in entries] == [False, True, False]

@@ -20,6 +20,8 @@ from baleen.messages import OpenSlot, SamplingParams
 from baleen.sampling import filters, sampler
 from baleen.sampling.sampler import Sampler
 
+EOS = 1
+
 
 def opened(params: SamplingParams, history: Sequence[int] = (), num_prompt: int = 0) -> OpenSlot:
     return OpenSlot(sampling=params, pages=(), num_prompt=num_prompt, history=tuple(history))
@@ -27,7 +29,7 @@ def opened(params: SamplingParams, history: Sequence[int] = (), num_prompt: int 
 
 def sampler_with(params: Sequence[SamplingParams], vocab_size: int, history: Sequence[int] = ()) -> Sampler:
     """A sampler whose slot i has params[i]."""
-    made = Sampler(len(params), vocab_size, "cpu")
+    made = Sampler(len(params), vocab_size, "cpu", [EOS])
     for slot, each in enumerate(params):
         made.open(slot, opened(each, history if each.needs_history else (), len(history) // 2))
     return made
@@ -47,9 +49,12 @@ def naive_output(state: int, number: int) -> int:
 
 
 def naive_probabilities(
-    logits: Sequence[float], params: SamplingParams, history: Sequence[int], num_prompt: int
+    logits: Sequence[float], params: SamplingParams, history: Sequence[int], num_prompt: int, num_output: int
 ) -> dict[int, float]:
-    """Token id -> probability, of the tokens that may be drawn."""
+    """Token id -> probability, of the tokens that may be drawn.
+
+    num_output  tokens of the output so far; the slow definition knows only those in `history` by name
+    """
     scores = list(logits)
     for token_id in set(history):
         factor = params.repetition_penalty
@@ -58,6 +63,11 @@ def naive_probabilities(
         scores[token_id] -= params.frequency_penalty
     for token_id in set(history[num_prompt:]):
         scores[token_id] -= params.presence_penalty
+    for token_id, bias in params.logit_bias:
+        scores[token_id] += bias
+    if num_output < params.min_new_tokens:
+        for token_id in {EOS, *params.stop_token_ids} & set(range(len(scores))):
+            scores[token_id] = -math.inf
     order = sorted(range(len(scores)), key=lambda token_id: (-scores[token_id], token_id))
     if params.temperature == 0:
         return {order[0]: 1.0}
@@ -99,6 +109,11 @@ def random_params(rng: random.Random) -> SamplingParams:
         frequency_penalty=maybe(rng.uniform(-1, 1), 0.0),
         presence_penalty=maybe(rng.uniform(-1, 1), 0.0),
         repetition_penalty=maybe(rng.uniform(0.7, 1.5), 1.0),
+        logit_bias=tuple((i, rng.choice([-100.0, -1.0, 4.0, 9.0])) for i in range(50) if rng.random() < 0.1)
+        if rng.random() < 0.4
+        else (),
+        min_new_tokens=rng.choice([0, 0, 600]),
+        stop_token_ids=rng.choice([(), (2, 7), (3, 10**9)]),
         seed=rng.choice([rng.getrandbits(63), -rng.getrandbits(63), rng.randrange(4)]),
     )
 
@@ -114,14 +129,17 @@ def test_against_the_slow_definition() -> None:
     params = [random_params(rng) for _ in range(rows)]
     history = [rng.randrange(vocab_size) for _ in range(30)]
     logits = bfloat16_logits(rows, vocab_size, 0)
-    positions = [rng.randrange(1, 100_000) for _ in range(rows)]
+    positions = [rng.choice([rng.randrange(15, 100_000), rng.randrange(600, 630)]) for _ in range(rows)]
+    logits[::2, EOS] = logits[::2].amax(dim=1)  # what is held back would often be drawn
     before = logits.clone()
     ids = sampler_with(params, vocab_size, history).sample(logits, range(rows), positions).ids.tolist()
     assert torch.equal(logits, before)
     num_clear = 0
     for row in range(rows):
         seen = history if params[row].needs_history else []
-        probabilities = naive_probabilities(logits[row].tolist(), params[row], seen, len(history) // 2)
+        num_prompt = len(history) // 2
+        num_output = positions[row] - num_prompt
+        probabilities = naive_probabilities(logits[row].tolist(), params[row], seen, num_prompt, num_output)
         expected, lead = naive_draw(probabilities, params[row].seed or 0, positions[row])
         # The slow definition is in float64: a photo finish may differ.
         if lead > 1 + 1e-5:

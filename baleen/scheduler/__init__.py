@@ -5,6 +5,8 @@ Lives here
     request.py         `Request`: what is known, computed, held and in flight of one request
     policy.py          `POLICIES`: the order in which waiting requests are tried
     admission.py       how many pages to keep back for tokens that are not generated yet
+    counters.py        `Counters`: totals since the start, and the `EngineStats` of now
+    page_pool.py       `PagePool`: who has each page
     prefix_cache.py    `PrefixCache`: radix tree of computed pages, locks, LRU eviction
     page_allocator.py  `PageAllocator`: the free pages
 

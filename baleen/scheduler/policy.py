@@ -32,4 +32,14 @@ def lpm(waiting: Sequence[Request], num_matched_pages: Callable[[Request], int])
     return sorted(waiting, key=lambda request: (request.num_retractions == 0, -num_matched_pages(request)))
 
 
-POLICIES: dict[str, Policy] = {"fcfs": fcfs, "lpm": lpm}
+def by_priority(policy: Policy) -> Policy:
+    """Larger `Request.priority` first, equal ones as `policy` has them. Small ones may wait for ever."""
+
+    def order(waiting: Sequence[Request], num_matched_pages: Callable[[Request], int]) -> Sequence[Request]:
+        return sorted(policy(waiting, num_matched_pages), key=lambda request: -request.priority)
+
+    return order
+
+
+# "priority" is fcfs: flags turn priorities on with it, and then `by_priority` goes around every policy.
+POLICIES: dict[str, Policy] = {"fcfs": fcfs, "lpm": lpm, "priority": fcfs}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from dataclasses import dataclass, field
 
-from baleen.messages import SamplingParams
+from baleen.messages import SamplingParams, ScoredTokens, TokenLogprobs
 from baleen.scheduler.prefix_cache import Node
 
 
@@ -24,6 +25,10 @@ class Request:
     token_ids     known ids: prompt, then output
     max_tokens    prompt and output together end here, at the latest
     stop_ids      sampling one of these ends the request
+    priority      larger goes first
+    arrived       when it came, by the scheduler's clock
+    started       when it was admitted first; None before
+    deadline      when its time in the queue, then its time to run, is over
     slot          index in the runner's state, -1 when not running
     node          the deepest cached page in use, locked; None when not running
     pages         the page table, in token order; empty when not running
@@ -31,6 +36,9 @@ class Request:
     decoding      the whole of token_ids is scheduled: from here on one token per step
     num_pending   results still to come from steps in flight (a prefill that samples nothing has one, too)
     num_cached    tokens found in the prefix cache at the first admission; -1 before
+    score_from    the position whose logits give the next prompt logprob that is wanted and not scheduled; none is when
+                  that is num_prompt - 1 or more. Kept over a retraction: what is in flight comes
+    prompt_logprobs  those that came, until they are sent with the first output
     """
 
     rid: str
@@ -40,7 +48,11 @@ class Request:
     max_tokens: int
     stop_ids: frozenset[int]
     page_size: int
+    priority: int = 0
+    arrived: float = 0.0
+    deadline: float = math.inf
 
+    started: float | None = None
     slot: int = -1
     node: Node | None = None
     pages: list[int] = field(default_factory=list)
@@ -52,7 +64,14 @@ class Request:
     num_cached: int = -1
     num_retractions: int = 0
     finished: bool = False
+    score_from: int = field(init=False)
+    prompt_logprobs: list[TokenLogprobs | None] = field(init=False)
     _page_keys: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        first = self.sampling.prompt_logprobs
+        self.score_from = self.num_prompt if first is None else max(0, first - 1)
+        self.prompt_logprobs = [None] if first == 0 else []  # nothing predicts the first token
 
     @property
     def running(self) -> bool:
@@ -79,16 +98,33 @@ class Request:
 
     @property
     def max_cached_pages(self) -> int:
-        """Whole pages that a prefix hit may cover: at least the last token is computed, for its logits."""
-        return (len(self.token_ids) - 1) // self.page_size
+        """Whole pages that a prefix hit may cover: what gives logits that are wanted is computed, the last token always
+        is."""
+        is_scored = self.score_from >= self.num_prompt - 1
+        return (len(self.token_ids) - 1 if is_scored else self.score_from) // self.page_size
 
     @property
     def num_full_pages(self) -> int:
         """Pages whose tokens are all known and computed (or scheduled to be): those that may be shared."""
         return min(self.num_computed, len(self.token_ids)) // self.page_size
 
+    def score(self, start: int, stop: int) -> ScoredTokens | None:
+        """The prompt tokens whose logprobs a chunk start..stop-1 is to give, if any; they count as scheduled now."""
+        first, end = max(start, self.score_from), min(stop, self.num_prompt - 1)
+        if first >= end:
+            return None
+        self.score_from = end
+        return ScoredTokens(first, tuple(self.token_ids[first + 1 : end + 1]))
+
     def page_keys(self, start: int, stop: int) -> list[bytes]:
         """The prefix cache's keys of pages start..stop-1; all their tokens must be known."""
         for page in range(len(self._page_keys), stop):
             self._page_keys.append(self.token_ids[page * self.page_size : (page + 1) * self.page_size].tobytes())
         return self._page_keys[start:stop]
+
+
+def stop_ids(sampling: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:
+    """With ignore_eos none, but for the eos that says that a grammar's text is complete: nothing may follow it."""
+    if sampling.ignore_eos:
+        return frozenset() if sampling.grammar is None else eos_token_ids
+    return eos_token_ids.union(sampling.stop_token_ids)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import heapq
+import math
 import sys
+import time
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import repeat
 from typing import NamedTuple
 
@@ -23,10 +25,10 @@ from baleen.messages import (
     TokenOutput,
 )
 from baleen.scheduler.admission import NewTokenRatio, expected_pages
-from baleen.scheduler.page_allocator import PageAllocator
-from baleen.scheduler.policy import POLICIES
-from baleen.scheduler.prefix_cache import Node, PrefixCache
-from baleen.scheduler.request import Request
+from baleen.scheduler.counters import Counters
+from baleen.scheduler.page_pool import PagePool
+from baleen.scheduler.policy import POLICIES, by_priority
+from baleen.scheduler.request import Request, stop_ids
 
 
 class InFlightStep(NamedTuple):
@@ -38,6 +40,7 @@ class InFlightStep(NamedTuple):
     step: int
     sampled: list[Request]  # in row order, as in StepOutput
     prefilled: list[Request]  # end with this step and sample nothing (max_new_tokens is 0)
+    scored: list[Request]  # get prompt logprobs, in row order
 
 
 class Scheduler:
@@ -58,6 +61,11 @@ class Scheduler:
     schedule_policy           a name in POLICIES
     schedule_conservativeness scales the share of the pool kept back for tokens to be generated (admission.py)
     context_length            most tokens of a request, prompt and output
+    enable_priority           GenerateRequest.priority says who is admitted first and who is retracted first
+    low_priority_values_first the smaller priority is the higher one
+    waiting_timeout           seconds in the queue; 0 or less: no limit
+    running_timeout           seconds from the first admission, retractions included; 0 or less: no limit
+    clock                     seconds
     """
 
     def __init__(
@@ -72,17 +80,24 @@ class Scheduler:
         schedule_policy: str = "fcfs",
         schedule_conservativeness: float = 1.0,
         disable_radix_cache: bool = False,
+        enable_priority: bool = False,
+        low_priority_values_first: bool = False,
+        waiting_timeout: float = -1.0,
+        running_timeout: float = -1.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._page_size = page_size
         self._context_length = context_length
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._order = POLICIES[schedule_policy]
-        self._use_cache = not disable_radix_cache
+        self._order = by_priority(POLICIES[schedule_policy]) if enable_priority else POLICIES[schedule_policy]
+        self._priority_sign = 0 if not enable_priority else -1 if low_priority_values_first else 1
+        self._waiting_timeout = waiting_timeout if waiting_timeout > 0 else math.inf
+        self._running_timeout = running_timeout if running_timeout > 0 else math.inf
+        self._clock = clock
         self._step_tokens = chunked_prefill_size if chunked_prefill_size > 0 else sys.maxsize
         self._num_slots = max_running_requests
 
-        self._allocator = PageAllocator(num_pages)
-        self._cache = PrefixCache()
+        self._pool = PagePool(num_pages, page_size, use_cache=not disable_radix_cache)
         self._new_token_ratio = NewTokenRatio(schedule_conservativeness)
 
         self._requests: dict[str, Request] = {}  # every request that has not ended
@@ -91,22 +106,20 @@ class Scheduler:
         self._free_slots = list(range(self._num_slots))  # a heap: low slots first keep the runner's state dense
         self._in_flight: deque[InFlightStep] = deque()
 
-        self._num_steps = 0
-        self._num_prompt_tokens = 0
-        self._num_cached_tokens = 0
-        self._num_generated_tokens = 0
-        self._num_retractions = 0
-        self._num_aborted = 0
+        self._counters = Counters()
 
     # ---- requests in -------------------------------------------------------------------------------------------------
 
-    def add(self, message: GenerateRequest) -> TokenOutput | None:
+    def add(self, message: GenerateRequest, arrived: float | None = None) -> TokenOutput | None:
         """Queues a request. One that can never run is answered at once with finish_reason "error", else None.
+
+        arrived  since when it waits, by the scheduler's clock; None: now
 
         Raises ValueError if a request with this rid has not ended yet.
         """
         if message.rid in self._requests:
             raise ValueError(f"request {message.rid!r} exists already")
+        arrived = self._clock() if arrived is None else arrived
         token_ids = array("i")
         token_ids.frombytes(message.input_ids)
         sampling = message.sampling
@@ -116,8 +129,11 @@ class Scheduler:
             token_ids=token_ids,
             num_prompt=len(token_ids),
             max_tokens=min(len(token_ids) + sampling.max_new_tokens, self._context_length),
-            stop_ids=frozenset() if sampling.ignore_eos else self._eos_token_ids.union(sampling.stop_token_ids),
+            stop_ids=stop_ids(sampling, self._eos_token_ids),
             page_size=self._page_size,
+            priority=self._priority_sign * message.priority,
+            arrived=arrived,
+            deadline=arrived + self._waiting_timeout,
         )
         refusal = self._refusal(request)
         if refusal:
@@ -128,7 +144,7 @@ class Scheduler:
 
     def _refusal(self, request: Request) -> str:
         """Why the request can never run, or nothing."""
-        max_total_tokens = self._allocator.num_pages * self._page_size
+        max_total_tokens = self._pool.num_pages * self._page_size
         if request.num_prompt > self._context_length:
             return f"the prompt has {request.num_prompt} tokens, more than the context length {self._context_length}"
         if request.kv_limit > max_total_tokens:
@@ -144,8 +160,28 @@ class Scheduler:
         if request is None:
             return False
         self._end(request)
-        self._num_aborted += 1
+        self._counters.num_aborted += 1
         return True
+
+    def expire(self) -> list[TokenOutput]:
+        """Ends the requests whose time is over and frees their pages now. Call it before each `schedule`.
+
+        One that never ran ends with an error; one that did is aborted and keeps the output it has got.
+        """
+        if self._waiting_timeout == self._running_timeout == math.inf:
+            return []
+        now = self._clock()
+        outputs = []
+        for request in [request for request in self._requests.values() if request.deadline <= now]:
+            self._end(request)
+            self._counters.num_timeouts += 1
+            started = request.started is not None
+            name, seconds = ("running", self._running_timeout) if started else ("waiting", self._waiting_timeout)
+            message = f"Request {name} timeout reached: --request-{name}-timeout is {seconds:g} seconds."
+            outputs.append(
+                self._output(request, finish_reason="abort" if started else "error", message=message, status=503)
+            )
+        return outputs
 
     def has_work(self) -> bool:
         """A request has not ended or an output is to come. Then `schedule` gives a batch unless a step is in flight."""
@@ -161,7 +197,7 @@ class Scheduler:
         None if nothing can be computed before outputs of steps in flight are known.
         """
         self._grow_decoding()
-        step = InFlightStep(self._num_steps + 1, [], [])
+        step = InFlightStep(self._counters.num_steps + 1, [], [], [])
         rows = [self._decode_row(request, step) for request in self._running.values() if request.decodes_next]
         if rows:
             self._new_token_ratio.decay()
@@ -185,8 +221,8 @@ class Scheduler:
             return None
         # After all rows are made: requests of this very step must not read pages that this step fills.
         for request in prefilled:
-            self._share_full_pages(request)
-        self._num_steps += 1
+            self._pool.share_full_pages(request)
+        self._counters.num_steps += 1
         self._in_flight.append(step)
         return ScheduledBatch(step.step, tuple(rows))
 
@@ -209,6 +245,9 @@ class Scheduler:
         if request.decoding:
             request.num_pending += 1
             (step.sampled if sample else step.prefilled).append(request)
+        scored = request.score(start, stop)
+        if scored is not None:
+            step.scored.append(request)
         return ScheduledRow(
             slot=request.slot,
             start=start,
@@ -216,6 +255,7 @@ class Scheduler:
             new_pages=self._new_pages(request),
             sample=sample,
             open=open_slot,
+            scored=scored,
         )
 
     def _new_pages(self, request: Request) -> tuple[int, ...]:
@@ -234,7 +274,8 @@ class Scheduler:
         A request fits if its own tokens, prompt and to be generated, fit into the free and evictable pages after the
         growth that is expected of the running ones. So its prompt gets all its pages now and only decode rows can ever
         run out. When nothing runs, the first request always fits: `add` has checked it against the whole pool. Just
-        after a retraction none does: the one retracted last is first, and needs more than the pages it had.
+        after a retraction none of the same priority does: the one retracted last is first of these, and needs more than
+        the pages it had.
 
         prefilling  the running requests that have a prefill chunk in this step
         """
@@ -242,82 +283,61 @@ class Scheduler:
             self._new_token_ratio.reset()
         ratio = self._new_token_ratio.value
         growth = sum(expected_pages(request, ratio) - len(request.pages) for request in self._running.values())
-        computing = {self._page_in_work(request) for request in prefilling}
-        for request in list(self._order(self._waiting, lambda request: self._match(request).depth)):
+        computing = {self._pool.page_in_work(request) for request in prefilling}
+        for request in list(self._order(self._waiting, lambda request: self._pool.match(request).depth)):
             if not self._free_slots or request.num_pending:
                 return  # num_pending: retracted with its last token still unknown; it holds the line until that comes
-            node = self._match(request)
+            node = self._pool.match(request)
             depth = node.depth
             if depth < request.max_cached_pages and (node, request.page_keys(depth, depth + 1)[0]) in computing:
                 continue  # its next page is being computed for another request: share it in a later step
-            self._cache.lock(node)
-            num_available = self._allocator.num_free + self._cache.num_evictable - growth
-            if expected_pages(request, 1.0) - depth > num_available:
-                self._cache.unlock(node)
+            if not self._pool.enter(request, node, growth):
                 return
-            open_slot = self._open(request, node)
             growth += expected_pages(request, ratio) - len(request.pages)
-            computing.add(self._page_in_work(request))
-            yield request, open_slot
+            computing.add(self._pool.page_in_work(request))
+            yield request, self._open(request)
 
-    def _match(self, request: Request) -> Node:
-        """The longest cached prefix that the request may use: the root, when nothing is ever put in the tree."""
-        return self._cache.match(request.page_keys(0, request.max_cached_pages))
-
-    def _page_in_work(self, request: Request) -> tuple[Node, bytes] | None:
-        """The parent and key a prefilling request's next page will have in the tree; None if it will not go there."""
-        node = request.node
-        if node is None or not self._use_cache or (node.depth + 1) * self._page_size > len(request.token_ids):
-            return None
-        return node, request.page_keys(node.depth, node.depth + 1)[0]
-
-    def _open(self, request: Request, node: Node) -> OpenSlot:
-        """Gives a waiting request a slot, the cached prefix up to the locked `node`, and pages for its known tokens."""
+    def _open(self, request: Request) -> OpenSlot:
+        """Gives a request that has its pages a slot."""
         self._waiting.remove(request)
         self._running[request.rid] = request
         request.slot = heapq.heappop(self._free_slots)
-        request.node = node
-        cached = self._cache.pages(node)
-        num_pages = -(-len(request.token_ids) // self._page_size)
-        request.pages = cached + self._take_pages(num_pages - len(cached))
-        request.num_sent = len(cached)
-        request.num_computed = node.depth * self._page_size
-        if request.num_cached < 0:
-            request.num_cached = request.num_computed
-            self._num_cached_tokens += request.num_cached
-            self._num_prompt_tokens += request.num_prompt
+        request.num_sent = request.num_computed // self._page_size
+        if request.started is None:
+            self._start(request)
         sampling = request.sampling
         return OpenSlot(
             sampling=sampling,
-            pages=tuple(cached),
+            pages=tuple(request.pages[: request.num_sent]),
             num_prompt=request.num_prompt,
             history=tuple(request.token_ids) if sampling.needs_history else (),
         )
 
-    # ---- pages -------------------------------------------------------------------------------------------------------
+    def _start(self, request: Request) -> None:
+        """The first admission."""
+        request.started = self._clock()
+        request.deadline = request.started + self._running_timeout
+        request.num_cached = request.num_computed
+        self._counters.admitted(request, request.started - request.arrived)
 
-    def _take_pages(self, count: int) -> list[int]:
-        """Free pages, made by eviction if need be. The caller has checked that there are enough of both."""
-        missing = count - self._allocator.num_free
-        if missing > 0:
-            self._allocator.free(self._cache.evict(missing))
-        return self._allocator.take(count)
+    # ---- pages -------------------------------------------------------------------------------------------------------
 
     def _grow_decoding(self) -> None:
         """A page for each decode row that starts one, retracting requests while there is none.
 
-        The request with the most output goes last. When it is alone its pages fit (`add` has checked) and all others
-        are free or evictable, so it always ends: the scheduler makes progress whatever the pressure.
+        Of the highest priority, the request with the most output goes last. When it is alone its pages fit (`add` has
+        checked) and all others are free or evictable, so it always ends: the scheduler makes progress whatever the
+        pressure.
         """
-        num_retractions = self._num_retractions
+        num_retractions = self._counters.num_retractions
         for request in list(self._running.values()):
             if not request.decodes_next or request.num_computed < len(request.pages) * self._page_size:
                 continue
-            while request.running and not self._allocator.num_free and not self._cache.num_evictable:
-                self._retract(min(self._running.values(), key=lambda other: (other.num_output, -other.num_prompt)))
+            while request.running and not self._pool.num_available:
+                self._retract(min(self._running.values(), key=_retraction_order))
             if request.running:  # it may be the one retracted, for this page or for another's
-                request.pages += self._take_pages(1)
-        if self._num_retractions > num_retractions:
+                self._pool.grow(request)
+        if self._counters.num_retractions > num_retractions:
             self._new_token_ratio.after_retraction(self._running.values())
 
     def _retract(self, request: Request) -> None:
@@ -329,47 +349,47 @@ class Scheduler:
         self._release(request)
         self._waiting.insert(0, request)
         request.num_retractions += 1
-        self._num_retractions += 1
-
-    def _share_full_pages(self, request: Request) -> None:
-        """Puts the pages that a prefill chunk has filled into the tree; the request goes on using them."""
-        node = request.node
-        assert node is not None
-        stop = request.num_full_pages
-        if self._use_cache and stop > node.depth:
-            request.node = self._cache.extend(
-                node, request.page_keys(node.depth, stop), request.pages[node.depth : stop]
-            )
+        self._counters.num_retractions += 1
 
     def _release(self, request: Request) -> None:
-        """Takes slot and pages from a running request. Its full pages stay in the tree, the rest is free at once."""
-        node, pages = request.node, request.pages
-        assert node is not None
-        stop = request.num_full_pages if self._use_cache else node.depth
-        duplicates = self._cache.absorb(node, request.page_keys(node.depth, stop), pages[node.depth : stop])
-        self._allocator.free(duplicates)
-        self._allocator.free(pages[stop:])
+        """Takes slot and pages from a running request."""
+        self._pool.leave(request)
         heapq.heappush(self._free_slots, request.slot)
         del self._running[request.rid]
-        request.slot, request.node, request.pages, request.decoding = -1, None, [], False
+        request.slot, request.decoding = -1, False
 
     # ---- results -----------------------------------------------------------------------------------------------------
 
     def update(self, output: StepOutput) -> list[TokenOutput]:
         """Takes the output of the oldest step in flight; returns what it added to each request.
 
-        Raises ValueError if the output is not of that step or has not one token for each row that samples.
+        Raises ValueError if the output is not of that step or has not one entry for each row that asked for one.
         """
         if not self._in_flight or self._in_flight[0].step != output.step:
             raise ValueError(f"output of step {output.step} is not that of the oldest step in flight")
         sampled = self._in_flight[0].sampled
         if len(output.token_ids) != len(sampled) or len(output.logprobs) not in (0, len(sampled)):
             raise ValueError(f"step {output.step} samples {len(sampled)} tokens, not {len(output.token_ids)}")
+        scored = self._in_flight[0].scored
+        if len(output.prompt_logprobs) != len(scored):
+            raise ValueError(f"step {output.step} scores {len(scored)} prompts, not {len(output.prompt_logprobs)}")
         step = self._in_flight.popleft()
         outputs = []
-        for request, token_id, logprobs in zip(sampled, output.token_ids, output.logprobs or repeat(None)):
+        for request, entries in zip(scored, output.prompt_logprobs):
+            request.prompt_logprobs += entries
+            if any(math.isnan(entry.logprob) for entry in entries):
+                outputs += self._fail(request)
+        errors = {error.row: error for error in output.errors}
+        rows = zip(sampled, output.token_ids, output.logprobs or repeat(None))
+        for row, (request, token_id, logprobs) in enumerate(rows):
             request.num_pending -= 1
-            if not request.finished:  # else it ended, or was aborted, when this step was in flight already
+            if token_id < 0:
+                outputs += self._fail(request)
+            elif row in errors and not request.finished:
+                self._end(request)
+                message, status = errors[row].message, errors[row].status
+                outputs.append(self._output(request, finish_reason="error", message=message, status=status))
+            elif not request.finished:  # else it ended, or was aborted, when this step was in flight already
                 outputs.append(self._append(request, token_id, logprobs))
         for request in step.prefilled:
             request.num_pending -= 1
@@ -380,14 +400,8 @@ class Scheduler:
 
     def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         """One sampled token, and what it means for the request."""
-        if token_id < 0:
-            self._end(request)
-            # Its KV may hold NaN, which the next request with this prefix would read: nothing of it stays in the tree.
-            full_pages = len(request.token_ids) // self._page_size
-            self._allocator.free(self._cache.drop(self._cache.match(request.page_keys(0, full_pages))))
-            return self._output(request, finish_reason="error", message="the model's logits held NaN or infinity")
         request.token_ids.append(token_id)
-        self._num_generated_tokens += 1
+        self._counters.num_generated_tokens += 1
         finish_reason: FinishReason | None = None
         if token_id in request.stop_ids:
             finish_reason = "stop"
@@ -402,6 +416,19 @@ class Scheduler:
             finish_reason=finish_reason,
             matched=token_id if finish_reason == "stop" else None,
         )
+
+    def _fail(self, request: Request) -> list[TokenOutput]:
+        """The request's logits were no numbers: an error, unless it has ended already.
+
+        Its KV may hold NaN, which the next request with this prefix would read: nothing of it stays in the tree.
+        """
+        outputs = []
+        if not request.finished:
+            self._end(request)
+            message = "the model's logits held NaN or infinity"
+            outputs.append(self._output(request, finish_reason="error", message=message))
+        self._pool.forget(request)
+        return outputs
 
     def _end(self, request: Request) -> None:
         """Forgets a request, running or waiting."""
@@ -421,7 +448,11 @@ class Scheduler:
         finish_reason: FinishReason | None = None,
         matched: int | None = None,
         message: str = "",
+        status: int = 500,
     ) -> TokenOutput:
+        prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+        if request.prompt_logprobs and finish_reason not in ("error", "abort"):
+            prompt_logprobs, request.prompt_logprobs = tuple(request.prompt_logprobs), []
         return TokenOutput(
             rid=request.rid,
             token_ids=token_ids,
@@ -432,48 +463,32 @@ class Scheduler:
             finish_reason=finish_reason,
             matched=matched,
             message=message,
+            status=status,
+            prompt_logprobs=prompt_logprobs,
         )
 
     # ---- from outside ------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        return EngineStats(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            num_pages=self._allocator.num_pages,
-            num_free_pages=self._allocator.num_free,
-            num_cached_pages=self._cache.num_pages,
-            num_evictable_pages=self._cache.num_evictable,
-            num_steps_total=self._num_steps,
-            num_prompt_tokens_total=self._num_prompt_tokens,
-            num_cached_tokens_total=self._num_cached_tokens,
-            num_generated_tokens_total=self._num_generated_tokens,
-            num_retractions_total=self._num_retractions,
-            num_aborted_total=self._num_aborted,
-        )
+        return self._counters.stats(self._waiting, self._running.values(), self._pool)
 
     def flush_cache(self) -> CacheFlushed:
         """Empties the prefix cache; refused while requests run, since they use its pages."""
         if self._running:
             return CacheFlushed(ok=False, message=f"{len(self._running)} requests are running")
-        self._allocator.free(self._cache.flush())
+        self._pool.flush()
         return CacheFlushed(ok=True)
 
     def check_invariants(self) -> None:
-        """Recounts who owns what, in O(pages). Raises AssertionError if a page is lost or owned twice."""
+        """Recounts who owns what, in O(pages). Raises AssertionError if a page or slot is lost or owned twice."""
         running = list(self._running.values())
-        nodes = [request.node for request in running if request.node is not None]
-        assert len(nodes) == len(running)
-        cached = self._cache.check(nodes)
-        free = self._allocator.free_pages()
-        private = [page for request, node in zip(running, nodes) for page in request.pages[node.depth :]]
-        owned = sorted(free + cached + private)
-        assert owned == list(range(1, self._allocator.num_pages + 1)), "a page is lost or has two owners"
-        for request, node in zip(running, nodes):
-            assert request.pages[: node.depth] == self._cache.pages(node), f"{request.rid}: page table and tree differ"
-            assert request.num_computed <= len(request.pages) * self._page_size, f"{request.rid}: page missing"
-            assert request.num_sent <= len(request.pages)
+        self._pool.check(running)
         slots = sorted(self._free_slots + [request.slot for request in running])
         assert slots == list(range(self._num_slots)), "a runner slot is lost or has two owners"
         assert all(not request.running and request.node is None and not request.pages for request in self._waiting)
         assert len(self._requests) == len(running) + len(self._waiting)
+
+
+def _retraction_order(request: Request) -> tuple[int, int, int]:
+    """The smallest is retracted first: the lowest priority, of these the least output lost, then the most pages won."""
+    return request.priority, request.num_output, -request.num_prompt

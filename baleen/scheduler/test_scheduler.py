@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import random
 import time
-from typing import Any
 
 import pytest
 
-from baleen.messages import GenerateRequest, SamplingParams, StepOutput, TokenLogprobs, pack_ids
-from baleen.scheduler.conftest import EOS, NAN_TEMPERATURE, FakeRunner, Loop, choose, tokens_alone
-from baleen.scheduler.scheduler import Scheduler
-
-NEVER = 1 << 40  # eos_every: no eos
-
-
-def make(depth: int = 1, eos_every: int = NEVER, **changes: Any) -> Loop:
-    settings: dict[str, Any] = {
-        "num_pages": 64,
-        "page_size": 4,
-        "max_running_requests": 8,
-        "chunked_prefill_size": 64,
-        "context_length": 1000,
-        "eos_token_ids": [EOS],
-    }
-    settings.update(changes)
-    runner = FakeRunner(settings["page_size"], settings["max_running_requests"], eos_every)
-    return Loop(Scheduler(**settings), runner, depth)
-
-
-def prompt(seed: int, length: int) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(1, 50) for _ in range(length)]
-
-
-def sampling(max_new_tokens: int, **changes: Any) -> SamplingParams:
-    return SamplingParams(max_new_tokens=max_new_tokens, **changes)
+from baleen.messages import GenerateRequest, StepOutput, TokenLogprobs, pack_ids
+from baleen.scheduler.conftest import (
+    EOS,
+    NAN_TEMPERATURE,
+    NEVER,
+    Loop,
+    choose,
+    make,
+    prompt,
+    sampling,
+    tokens_alone,
+)
 
 
 def shape(loop: Loop) -> list[list[tuple[int, int]]]:

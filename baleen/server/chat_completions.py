@@ -3,151 +3,143 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncIterator, Iterator
 
 from fastapi import Request, Response
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
-from baleen.chat.encoding import encode_messages
-from baleen.chat.output_parser import Delta, ThinkSplitter
-from baleen.server import protocol
-from baleen.server.generation import Generation, Piece, SequenceSpec, Service
+from baleen.chat.output_parser import Content, Reasoning, ToolArguments, ToolCall
+from baleen.server import answers, fields
+from baleen.server.chat_run import ChatRun, Step, start_chat
+from baleen.server.generation import Service
 from baleen.server.protocol import ChatRequest
-from baleen.server.stream import (
-    EventStream,
-    all_pieces,
-    event,
-    first_pieces,
-    json_response,
-    pieces_until_finished,
-    read_json,
-)
+from baleen.server.stream import EventStream, event, json_response, read_json
 
 
 async def chat_completions(request: Request) -> Response:
     arrived = time.perf_counter()
     service: Service = request.app.state.service
-    chat = protocol.parse(ChatRequest, await read_json(request))
-    service.check_model(chat.model)
-    input_ids = await service.encode(encode_messages(chat.messages, thinking=chat.thinking), "messages")
-    asked, max_param = chat.max_new_tokens
-    num_new = service.num_new_tokens(len(input_ids), asked, None, prompt_param="messages", max_param=max_param)
-    specs = [
-        SequenceSpec(
-            input_ids,
-            chat.sampling(
-                service.sampling_defaults,
-                max_new_tokens=num_new,
-                seed=service.seed(chat.seed, i),
-                logprobs=chat.num_logprobs,
-            ),
-            chat.skip_special_tokens is not False,
-        )
-        for i in range(chat.n or 1)
-    ]
-    generation = service.start(specs, arrived=arrived)
-    answer = _Answer(service, chat, generation)
+    chat = fields.parse(ChatRequest, await read_json(request))
+    run = await start_chat(request, chat, arrived=arrived)
     if chat.stream:
-        return EventStream(answer.events(await first_pieces(request, generation)), generation)
-    return json_response(answer.complete(await all_pieces(request, generation)))
+        return EventStream(_Stream(service, run).events(await run.first(request)), run.generation)
+    return json_response(_whole(service, run, await run.all(request), arrived))
 
 
-class _Part:
-    """One choice's answer as it grows."""
-
-    def __init__(self, thinking: bool) -> None:
-        self.reasoning_tokens = 0
-        self.logprobs: list[protocol.TokenLogprob] = []
-        self.finish_reason: str | None = None
-        self.matched: int | str | None = None
-        self.started = False
-        self._splitter = ThinkSplitter(thinking=thinking)
-
-    def add(self, piece: Piece) -> Delta:
-        """The reasoning and content that `piece` makes certain."""
-        if self._splitter.reasoning:
-            self.reasoning_tokens += len(piece.token_ids)
-        delta = self._splitter.push(piece.text)
-        if piece.finish_reason is not None:
-            rest = self._splitter.finish()
-            delta = Delta(delta.reasoning + rest.reasoning, delta.content + rest.content)
-        self.finish_reason, self.matched = piece.finish_reason, piece.matched
-        return delta
+def _whole(service: Service, run: ChatRun, steps: list[Step], arrived: float) -> answers.ChatCompletion:
+    by_choice: list[list[Step]] = [[] for _ in run.generation.choices]
+    for step in steps:
+        by_choice[step.index].append(step)
+    choices = [_choice(service, run, of_choice, arrived) for of_choice in by_choice]
+    return answers.ChatCompletion(run.id, run.created, service.model_name, choices, run.usage())
 
 
-class _Answer:
-    """The answer to one request, whole or as events."""
+def _choice(service: Service, run: ChatRun, steps: list[Step], arrived: float) -> answers.ChatChoice:
+    """What all steps of one choice say together."""
+    chat, last = run.chat, steps[-1]
+    reasoning, content = [], []
+    calls: list[answers.ToolCall] = []
+    for part in (part for step in steps for part in step.events):
+        match part:
+            case Reasoning(text):
+                reasoning.append(text)
+            case Content(text):
+                content.append(text)
+            case ToolCall(index, name):
+                function = answers.FunctionCall(name)
+                calls.append(answers.ToolCall(index, function, run.call_id(last.index, index), "function"))
+            case ToolArguments(index, text):
+                calls[index].function.arguments += text
+    shown = "".join(reasoning) if run.splits_reasoning and chat.shows_reasoning else None
+    message = answers.ChatMessage("".join(content), shown, shown, tool_calls=calls or None)
+    logprobs = None
+    if chat.logprobs:
+        pieces = [(step.piece.token_ids, step.piece.logprobs) for step in steps]
+        entries = [entry for piece in pieces for entry in answers.chat_logprobs(service.tokenizer, *piece)]
+        logprobs = answers.ChatLogprobs(entries)
+    choice = run.generation.choices[last.index]
+    answer = answers.ChatChoice(last.index, message, last.finish_reason, logprobs, last.matched_stop)
+    if chat.return_prompt_token_ids:
+        answer.prompt_token_ids = choice.input_ids
+    if chat.return_meta_info:
+        answer.meta_info = answers.meta_info(choice, run.id, last.piece, arrived)
+    return answer
 
-    def __init__(self, service: Service, chat: ChatRequest, generation: Generation) -> None:
-        self._tokenizer = service.tokenizer
-        self._generation = generation
-        self._chat = chat
-        self._id = chat.rid or f"chatcmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._model = service.model_name
-        self._usage = None if chat.include_usage else UNSET
-        thinking = chat.thinking and chat.separate_reasoning is not False
-        self._parts = [_Part(thinking) for _ in generation.choices]
 
-    def complete(self, pieces: list[Piece]) -> protocol.ChatCompletion:
-        content: list[list[Delta]] = [[] for _ in self._parts]
-        for piece in pieces:
-            part = self._parts[piece.index]
-            content[piece.index].append(part.add(piece))
-            part.logprobs += protocol.chat_logprobs(self._tokenizer, piece.token_ids, piece.logprobs)
-        choices = [
-            protocol.ChatChoice(
-                index,
-                protocol.ChatMessage(
-                    "".join(delta.content for delta in deltas),
-                    "".join(delta.reasoning for delta in deltas) if self._chat.thinking else None,
-                ),
-                part.finish_reason,
-                protocol.ChatLogprobs(part.logprobs) if self._chat.logprobs else None,
-                part.matched,
-            )
-            for index, (part, deltas) in enumerate(zip(self._parts, content))
-        ]
-        return protocol.ChatCompletion(self._id, self._created, self._model, choices, self._total())
+class _Stream:
+    """The answer as events."""
 
-    async def events(self, first: list[Piece]) -> AsyncIterator[bytes]:
+    def __init__(self, service: Service, run: ChatRun) -> None:
+        self._service = service
+        self._run = run
+        num = len(run.generation.choices)
+        self._started = [False] * num
+        self._logprobs: list[list[answers.TokenLogprob]] = [[] for _ in range(num)]  # wait for a delta to go with
+        self._reasoning = [""] * num  # held back without `stream_reasoning`
+
+    async def events(self, first: list[Step]) -> AsyncIterator[bytes]:
         """Per choice: the role, then deltas, then the finish_reason. At the end the usage, if asked for."""
-        async for pieces in pieces_until_finished(self._generation, first):
-            data = b"".join(event(chunk) for piece in pieces for chunk in self._chunks(piece))
+        async for steps in self._run.rest(first):
+            data = b"".join(event(chunk) for step in steps for chunk in self._chunks(step))
             if data:
                 yield data
-        if self._chat.include_usage:
-            yield event(protocol.ChatChunk(self._id, self._created, self._model, [], self._total()))
+        if self._run.chat.include_usage:
+            yield event(self._chunk([], self._run.usage()))
 
-    def _chunks(self, piece: Piece) -> Iterator[protocol.ChatChunk]:
-        part = self._parts[piece.index]
-        if not part.started:
-            part.started = True
-            yield self._chunk(piece.index, protocol.ChatDelta(role="assistant", content=""))
-        delta = part.add(piece)
-        if piece.logprobs:  # of tokens whose text is withheld too: they wait for the next delta
-            part.logprobs += protocol.chat_logprobs(self._tokenizer, piece.token_ids, piece.logprobs)
-        if delta.reasoning:
-            yield self._chunk(piece.index, protocol.ChatDelta(reasoning_content=delta.reasoning))
-        if delta.content:
-            yield self._chunk(piece.index, protocol.ChatDelta(content=delta.content))
-        if piece.finish_reason is not None:
-            chunk = self._chunk(piece.index, protocol.ChatDelta())
-            chunk.choices[0].finish_reason = piece.finish_reason
-            chunk.choices[0].matched_stop = piece.matched
-            yield chunk
+    def _chunks(self, step: Step) -> Iterator[answers.ChatChunk]:
+        index, chat = step.index, self._run.chat
+        usage = None if chat.include_usage else UNSET
+        if not self._started[index]:
+            self._started[index] = True
+            role = answers.ChatDelta(role="assistant", content="")
+            yield self._chunk([answers.ChatChunkChoice(index, role)], usage)
+        self._logprobs[index] += answers.chat_logprobs(
+            self._service.tokenizer, step.piece.token_ids, step.piece.logprobs
+        )
+        for delta in self._deltas(step):
+            choice = answers.ChatChunkChoice(index, delta, self._take_logprobs(index))
+            yield self._chunk([choice], self._run.usage() if chat.continuous_usage else usage)
+        if step.finish_reason is not None:
+            last = answers.ChatChunkChoice(
+                index, answers.ChatDelta(), self._take_logprobs(index), step.finish_reason, step.matched_stop
+            )
+            yield self._chunk([last], usage)
 
-    def _chunk(self, index: int, delta: protocol.ChatDelta) -> protocol.ChatChunk:
-        """Carries the logprobs that wait, if any, unless it is the role's."""
-        part = self._parts[index]
-        logprobs = None
-        if part.logprobs and delta.role is UNSET:
-            logprobs = protocol.ChatLogprobs(part.logprobs)
-            part.logprobs = []
-        choice = protocol.ChatChunkChoice(index, delta, logprobs)
-        return protocol.ChatChunk(self._id, self._created, self._model, [choice], self._usage)
+    def _deltas(self, step: Step) -> Iterator[answers.ChatDelta]:
+        index, chat = step.index, self._run.chat
+        for part in step.events:
+            if isinstance(part, Reasoning):
+                if not chat.shows_reasoning:
+                    continue
+                if chat.stream_reasoning is not False:
+                    yield answers.ChatDelta(reasoning_content=part.text, reasoning=part.text)
+                else:
+                    self._reasoning[index] += part.text
+                continue
+            yield from self._take_reasoning(index)
+            match part:
+                case Content(text):
+                    yield answers.ChatDelta(content=text)
+                case ToolCall(call, name):
+                    function = answers.FunctionCall(name)
+                    begun = answers.ToolCall(call, function, self._run.call_id(index, call), "function")
+                    yield answers.ChatDelta(tool_calls=[begun])
+                case ToolArguments(call, text):
+                    fragment = answers.ToolCall(call, answers.FunctionCall(arguments=text))
+                    yield answers.ChatDelta(tool_calls=[fragment])
+        if step.finish_reason is not None:
+            yield from self._take_reasoning(index)
 
-    def _total(self) -> protocol.Usage:
-        reasoning = sum(part.reasoning_tokens for part in self._parts)
-        return protocol.usage(self._generation.choices, len(self._parts), reasoning)
+    def _take_reasoning(self, index: int) -> Iterator[answers.ChatDelta]:
+        text, self._reasoning[index] = self._reasoning[index], ""
+        if text:
+            yield answers.ChatDelta(reasoning_content=text, reasoning=text)
+
+    def _take_logprobs(self, index: int) -> answers.ChatLogprobs | None:
+        entries, self._logprobs[index] = self._logprobs[index], []
+        return answers.ChatLogprobs(entries) if entries else None
+
+    def _chunk(
+        self, choices: list[answers.ChatChunkChoice], usage: answers.Usage | UnsetType | None
+    ) -> answers.ChatChunk:
+        return answers.ChatChunk(self._run.id, self._run.created, self._service.model_name, choices, usage)

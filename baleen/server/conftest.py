@@ -16,9 +16,11 @@ import httpx
 import msgspec
 import openai
 import pytest
+import tokenizers
 import uvicorn
 import uvloop
 import zmq
+from fastapi import FastAPI
 
 from baleen.chat.conftest import VOCAB_SIZE, build_tokenizer
 from baleen.chat.encoding import EOS
@@ -32,6 +34,7 @@ from baleen.messages import (
     EngineReady,
     FlushCache,
     GenerateRequest,
+    Hello,
     Shutdown,
     TokenLogprobs,
     TokenOutput,
@@ -42,7 +45,20 @@ from baleen.server.app import create_app
 from baleen.server.engine_client import EngineClient
 
 CONTEXT = 256
-EOS_ID = build_tokenizer().token_to_id(EOS)
+_MARKS = (
+    "｜DSML｜", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
+    "<｜tool▁sep｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>",
+)  # fmt: skip
+
+
+def tokenizer_with_marks() -> tokenizers.Tokenizer:
+    """The small tokenizer, in which the marks of tool calls are tokens of their own, special as DeepSeek's are."""
+    inner = build_tokenizer()
+    inner.add_special_tokens([tokenizers.AddedToken(mark, normalized=False, special=True) for mark in _MARKS])
+    return inner
+
+
+EOS_ID = tokenizer_with_marks().token_to_id(EOS)
 
 
 @dataclass
@@ -53,6 +69,7 @@ class Script:
     per_step      tokens in one output
     pause         seconds between steps
     fail_after    with this many tokens said, end with finish_reason "error"
+    refusal       the same, of status 400 and with this message, as for a grammar that does not compile
     hold          say nothing at all
     """
 
@@ -60,6 +77,7 @@ class Script:
     per_step: int = 1
     pause: float = 0.0
     fail_after: int | None = None
+    refusal: str = ""
     hold: bool = False
     requests: list[GenerateRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
@@ -69,32 +87,34 @@ class Script:
 class FakeEngine(threading.Thread):
     """Speaks the engine's side of the protocol from a script."""
 
-    def __init__(self, send_addr: str, recv_addr: str) -> None:
+    def __init__(self, address: str) -> None:
         super().__init__(daemon=True, name="fake-engine")
-        context = zmq.Context.instance()
-        self._pull = context.socket(zmq.PULL)
-        self._pull.bind(send_addr)
-        self._push = context.socket(zmq.PUSH)
-        self._push.connect(recv_addr)
+        self._socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket.bind(address)
+        self._clients: set[bytes] = set()
         self._decoder = msgspec.msgpack.Decoder(EngineInput)
         self._running: dict[str, tuple[GenerateRequest, list[int], int]] = {}
+        self._owners: dict[str, bytes] = {}
+        self._to_send: list[object] = []
         self._stop_wanted = threading.Event()
         self.script = Script()
         self.ready = True
         self.shut_down = threading.Event()
 
     def run(self) -> None:
-        if self.ready:
-            self.send(EngineReady(num_pages=100, page_size=64, load_seconds=1.5))
         while not self._stop_wanted.is_set():
             busy = self._running and not self.script.hold
-            if self._pull.poll(0 if busy else 5):
-                self._handle(self._decoder.decode(self._pull.recv()))
+            if self._socket.poll(0 if busy else 5):
+                sender, data = self._socket.recv_multipart()
+                self._handle(sender, self._decoder.decode(data))
             elif busy:
                 time.sleep(self.script.pause)
                 self._step()
-        self._pull.close(0)
-        self._push.close(0)
+            while self._to_send and self._clients:
+                message = self._to_send.pop(0)
+                for client in self._clients:
+                    self._send(client, message)
+        self._socket.close(0)
 
     def stop(self) -> None:
         self._stop_wanted.set()
@@ -104,32 +124,62 @@ class FakeEngine(threading.Thread):
     def idle(self) -> bool:
         return not self._running
 
-    def send(self, message: object) -> None:
-        self._push.send(msgspec.msgpack.encode(message))
+    def said(self, rid: str) -> int:
+        """Tokens of a request that runs."""
+        return self._running[rid][2]
 
-    def _handle(self, message: EngineInput) -> None:
+    def send(self, message: object) -> None:
+        """To every API process, soon: from any thread."""
+        self._to_send.append(message)
+
+    def _send(self, client: bytes, message: object) -> None:
+        self._socket.send_multipart([client, msgspec.msgpack.encode(message)])
+
+    def _handle(self, sender: bytes, message: EngineInput) -> None:
         script = self.script
         match message:
+            case Hello():
+                self._clients.add(sender)
+                if self.ready:
+                    self._send(sender, EngineReady(num_pages=100, page_size=64, load_seconds=1.5))
             case GenerateRequest():
                 script.requests.append(message)
+                self._owners[message.rid] = sender
                 reply = script.reply(message) if callable(script.reply) else script.reply
                 self._running[message.rid] = (message, [*reply, EOS_ID], 0)
-            case AbortRequest(rid):
-                if self._running.pop(rid, None):
-                    script.aborted.append(rid)
+            case AbortRequest(rid, prefix):
+                for name in [r for r in self._running if r == rid or (prefix and r.startswith(rid))]:
+                    script.aborted.append(name)
+                    request, _, said = self._running.pop(name)
+                    last = TokenOutput(
+                        rid=name,
+                        token_ids=(),
+                        num_prompt_tokens=len(unpack_ids(request.input_ids)),
+                        num_cached_tokens=3,
+                        num_output_tokens=said,
+                        finish_reason="abort",
+                        message="aborted by request",
+                        status=200,
+                    )
+                    self._send(self._owners.pop(name), TokenOutputs((last,)))
             case FlushCache():
-                self.send(script.flush_answer)
+                self._send(sender, script.flush_answer)
             case Shutdown():
                 self.shut_down.set()
 
     def _step(self) -> None:
-        self.send(TokenOutputs(tuple(self._output(rid) for rid in list(self._running))))
+        outputs: dict[bytes, list[TokenOutput]] = {}
+        for rid in list(self._running):
+            outputs.setdefault(self._owners[rid], []).append(self._output(rid))
+        for owner, own in outputs.items():
+            self._send(owner, TokenOutputs(tuple(own)))
 
     def _output(self, rid: str) -> TokenOutput:
         request, reply, said = self._running[rid]
         sampling = request.sampling
         ids = reply[said : said + self.script.per_step][: sampling.max_new_tokens - said]
         reason, matched, message = None, None, ""
+        first = not said
         stops = () if sampling.ignore_eos else (EOS_ID, *sampling.stop_token_ids)
         at = next((i for i, token in enumerate(ids) if token in stops), None)
         if at is not None:
@@ -147,6 +197,12 @@ class FakeEngine(threading.Thread):
         if sampling.logprobs is not None:
             top = sampling.logprobs
             logprobs = tuple(TokenLogprobs(-0.5, tuple((t + i, -0.5 - i) for i in range(top))) for t in ids)
+        prompt_logprobs: list[TokenLogprobs | None] = []
+        if sampling.prompt_logprobs is not None and first:
+            for at, t in enumerate(unpack_ids(request.input_ids)):
+                top = ((t, -at / 8),) * min(1, sampling.logprobs or 0)
+                prompt_logprobs.append(TokenLogprobs(-at / 8, top) if at else None)
+            prompt_logprobs = prompt_logprobs[sampling.prompt_logprobs :]
         return TokenOutput(
             rid=rid,
             token_ids=tuple(ids),
@@ -156,7 +212,9 @@ class FakeEngine(threading.Thread):
             logprobs=logprobs,
             finish_reason=reason,
             matched=matched,
-            message=message,
+            message=self.script.refusal or message,
+            status=400 if self.script.refusal else 500,
+            prompt_logprobs=tuple(prompt_logprobs),
         )
 
 
@@ -166,7 +224,7 @@ def make_config(folder: Path, **overrides: object) -> Config:
     small = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "hidden_size": 256, "n_routed_experts": 16}
     raw = published | small | {"vocab_size": VOCAB_SIZE, "eos_token_id": EOS_ID}
     (folder / "config.json").write_text(json.dumps(raw))
-    build_tokenizer().save(str(folder / "tokenizer.json"))
+    tokenizer_with_marks().save(str(folder / "tokenizer.json"))
     settings = {
         "load_format": "dummy",
         "context_length": CONTEXT,
@@ -186,6 +244,12 @@ class Server:
     engine: FakeEngine
     loop: asyncio.AbstractEventLoop
     tokenizer: Tokenizer
+    app: FastAPI
+
+    @property
+    def config(self) -> Config:
+        config: Config = self.app.state.service.config
+        return config
 
     @property
     def script(self) -> Script:
@@ -211,20 +275,20 @@ class Server:
 def running_server(folder: Path, *, ready: bool = True, **overrides: object) -> Iterator[Server]:
     config = make_config(folder, **overrides)
     tokenizer = Tokenizer.load(config)
-    send_addr, recv_addr = f"ipc://{folder}/in", f"ipc://{folder}/out"
-    engine = FakeEngine(send_addr, recv_addr)
+    address = f"ipc://{folder}/engine"
+    engine = FakeEngine(address)
     engine.ready = ready
     listener = socket.create_server(("127.0.0.1", 0))
     started = threading.Event()
     state: dict[str, object] = {}
 
     async def main() -> None:
-        client = EngineClient(send_addr, recv_addr)
+        client = EngineClient(address)
         await client.start()
         app = create_app(config, client, tokenizer)
         options = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
         server = uvicorn.Server(options)
-        state.update(client=client, server=server, loop=asyncio.get_running_loop())
+        state.update(client=client, server=server, app=app, loop=asyncio.get_running_loop())
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         if ready:
             await client.ready.wait()
@@ -240,7 +304,7 @@ def running_server(folder: Path, *, ready: bool = True, **overrides: object) -> 
     assert started.wait(20)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
-        yield Server(url, state["client"], engine, state["loop"], tokenizer)
+        yield Server(url, state["client"], engine, state["loop"], tokenizer, state["app"])
     finally:
         state["server"].should_exit = True
         thread.join(10)
@@ -260,6 +324,20 @@ def server(_session_server: Server) -> Server:
     wait_until(lambda: _session_server.client.num_open == 0 and _session_server.engine.idle)
     _session_server.play()
     return _session_server
+
+
+@pytest.fixture(scope="session")
+def _session_agent_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running_server(tmp_path_factory.mktemp("agent"), context_length=8192, max_total_tokens=32768) as server:
+        yield server
+
+
+@pytest.fixture
+def agent(_session_agent_server: Server) -> Server:
+    """As `server`, with a context that the tools of an agent fit into."""
+    wait_until(lambda: _session_agent_server.client.num_open == 0 and _session_agent_server.engine.idle)
+    _session_agent_server.play()
+    return _session_agent_server
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 5.0) -> float:

@@ -1,4 +1,4 @@
-"""The API process's end of the sockets to the engine: requests down, outputs up to the HTTP request they are for."""
+"""An API process's end of the socket to the engine: requests down, outputs up to the HTTP request they are for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 
 import msgspec
@@ -22,13 +23,15 @@ from baleen.messages import (
     FinishReason,
     FlushCache,
     GenerateRequest,
+    Hello,
     Shutdown,
     TokenOutput,
     TokenOutputs,
 )
-from baleen.server.errors import ApiError
+from baleen.server.errors import ApiError, bad_request
 
 SILENCE_SECONDS = 120.0  # an engine with open requests that says nothing for so long is not healthy
+THROUGHPUT_SECONDS = 1.0  # over at least so long
 LINGER_MS = 500  # how long `close` waits for the last message to leave
 
 _log = logging.getLogger(__name__)
@@ -59,43 +62,47 @@ class OutputChannel:
 
 
 class EngineClient:
-    """Binds a PULL at `recv_addr` for `EngineOutput` and connects a PUSH to `send_addr` for `EngineInput`.
+    """Connects a DEALER to the engine at `address`, as API process number `process` (each its own).
 
     One event loop calls everything; `submit`, `abort` and `fail_all` never wait.
 
     ready       set when the engine has loaded the model
     dead        why the engine is gone, once `fail_all` was called; nothing is sent any more
     stats       the engine's latest report
+    throughput  tokens generated per second between its last reports
     """
 
-    def __init__(self, send_addr: str, recv_addr: str) -> None:
+    def __init__(self, address: str, process: int = 0) -> None:
         self.ready = asyncio.Event()
         self.dead: str | None = None
         self.stats = EngineStats()
+        self.throughput = 0.0
         self.load_seconds = 0.0
         self._draining = False
-        self._addresses = (send_addr, recv_addr)
-        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
-        self._push: zmq.Socket[bytes] | None = None
+        self.process = process
+        self._address = address
+        self._context: zmq.asyncio.Context | None = None
+        self._socket: zmq.asyncio.Socket | None = None
         self._receiver: asyncio.Task[None] | None = None
         self._open: dict[str, OutputChannel] = {}
+        self._leaving: Counter[str] = Counter()  # aborted; until its last output comes, what comes for a rid is theirs
         self._flushes: list[asyncio.Future[CacheFlushed]] = []
         self._heard = time.monotonic()
+        self._measured = (time.monotonic(), 0)  # when, and the tokens generated until then
         self._encode = msgspec.msgpack.Encoder().encode
         self._decoder: msgspec.msgpack.Decoder[EngineOutput] = msgspec.msgpack.Decoder(EngineOutput)
 
     async def start(self) -> None:
-        """Open the sockets and begin to listen. The engine may come later."""
-        send_addr, recv_addr = self._addresses
-        self._context = zmq.Context()
-        # High-water marks off: a send then never waits, and the engine never waits for a slow reader.
-        self._push = self._context.socket(zmq.PUSH)
-        self._push.set(zmq.SNDHWM, 0)
-        self._push.connect(send_addr)
-        pull = zmq.asyncio.Context(self._context).socket(zmq.PULL)
-        pull.set(zmq.RCVHWM, 0)
-        pull.bind(recv_addr)
-        self._receiver = asyncio.create_task(self._receive(pull), name="engine-outputs")
+        """Open the socket and begin to listen. The engine may come later."""
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set(zmq.IDENTITY, f"api-{self.process}".encode())
+        # High-water marks off: a send then never waits, and nothing is lost while a reader is slow.
+        self._socket.set(zmq.SNDHWM, 0)
+        self._socket.set(zmq.RCVHWM, 0)
+        self._socket.connect(self._address)
+        self._send(Hello())
+        self._receiver = asyncio.create_task(self._receive(self._socket), name="engine-outputs")
 
     async def close(self) -> None:
         """Stop listening and free the sockets; what is still open ends with an error."""
@@ -106,10 +113,10 @@ class EngineClient:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._receiver
         if self._context is not None:
-            assert self._push is not None
-            self._push.close(LINGER_MS)
+            assert self._socket is not None
+            self._socket.close(LINGER_MS)
             await asyncio.to_thread(self._context.term)
-            self._context = self._push = None
+            self._context = self._socket = None
 
     @property
     def num_open(self) -> int:
@@ -139,10 +146,17 @@ class EngineClient:
         self._draining = True
 
     def submit(self, requests: Sequence[GenerateRequest], channel: OutputChannel) -> None:
-        """Send sequences whose outputs shall come to `channel`. Raises ApiError 503 if the engine cannot take them."""
+        """Send sequences whose outputs shall come to `channel`.
+
+        Raises ApiError 503 if the engine cannot take them, 400 for a rid that is in use here; the engine itself answers
+        so for one that is in use in another API process.
+        """
         refusal = self.refusal()
         if refusal is not None:
             raise ApiError(503, refusal, code="engine_unavailable")
+        for request in requests:
+            if request.rid in self._open:
+                raise bad_request("rid", f"{request.rid!r} is that of an open request", "duplicate_request_id")
         if not self._open:
             self._heard = time.monotonic()  # silence counts from now: an idle engine need not speak
         for request in requests:
@@ -167,15 +181,21 @@ class EngineClient:
         if self._open.pop(rid, None) is None:
             return False
         if self.dead is None:
+            self._leaving[rid] += 1
             self._send(AbortRequest(rid))
         return True
+
+    def abort_matching(self, prefix: str) -> None:
+        """Stop every sequence whose rid starts so, also those of other API processes; each gets its last output."""
+        if self.dead is None:
+            self._send(AbortRequest(prefix, prefix=True))
 
     def fail_all(self, message: str) -> None:
         """The engine is gone: end every open sequence with an error, and refuse new ones."""
         self.dead = message
         open_requests, self._open = self._open, {}
         for rid, channel in open_requests.items():
-            channel.put(_ended(rid, "error", message))
+            channel.put(_ended(rid, "error", message, 500))
         for flush in self._flushes:
             if not flush.done():
                 flush.set_result(CacheFlushed(False, message))
@@ -199,36 +219,30 @@ class EngineClient:
         self._send(Shutdown())
         open_requests, self._open = self._open, {}
         for rid, channel in open_requests.items():
-            channel.put(_ended(rid, "abort", "the server is shutting down"))
+            channel.put(_ended(rid, "abort", "the server is shutting down", 503))
 
     def _send(self, message: EngineInput) -> None:
-        assert self._push is not None, "start() was not called"
-        self._push.send(self._encode(message), zmq.NOBLOCK)
+        assert self._socket is not None, "start() was not called"
+        self._socket.send(self._encode(message))  # sent or queued when it returns: nothing to await
 
-    async def _receive(self, pull: zmq.asyncio.Socket) -> None:
+    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
         try:
             while True:
-                self._handle(self._decoder.decode(await pull.recv()))
+                self._handle(self._decoder.decode(await socket.recv()))
         except asyncio.CancelledError:
             raise
         except Exception as error:
             _log.exception("cannot read from the engine")
             self.fail_all(f"cannot read from the engine: {error}")
-        finally:
-            pull.close(0)
 
     def _handle(self, message: EngineOutput) -> None:
         self._heard = time.monotonic()
         match message:
             case TokenOutputs(outputs):
                 for output in outputs:
-                    if output.finish_reason is None:
-                        channel = self._open.get(output.rid)
-                    else:
-                        channel = self._open.pop(output.rid, None)
-                    if channel is not None:  # else it was aborted while this was on its way
-                        channel.put(output)
+                    self._pass_on(output)
             case EngineStats():
+                self._measure(message)
                 self.stats = message
             case EngineReady():
                 self.load_seconds = message.load_seconds
@@ -239,8 +253,26 @@ class EngineClient:
                     if not answer.done():
                         answer.set_result(message)
 
+    def _pass_on(self, output: TokenOutput) -> None:
+        rid, last = output.rid, output.finish_reason is not None
+        if rid in self._leaving:  # it was aborted while this was on its way, and the same rid may be in use again
+            if last:
+                self._leaving -= Counter((rid,))
+            return
+        channel = self._open.pop(rid, None) if last else self._open.get(rid)
+        if channel is not None:
+            channel.put(output)
 
-def _ended(rid: str, reason: FinishReason, message: str) -> TokenOutput:
+    def _measure(self, stats: EngineStats) -> None:
+        """Update `throughput`, over at least a second: reports come when something changed, or each second."""
+        now, total = time.monotonic(), stats.num_generated_tokens_total
+        since, before = self._measured
+        if now - since >= THROUGHPUT_SECONDS:
+            self.throughput = (total - before) / (now - since)
+            self._measured = (now, total)
+
+
+def _ended(rid: str, reason: FinishReason, message: str, status: int) -> TokenOutput:
     return TokenOutput(
         rid=rid,
         token_ids=(),
@@ -249,4 +281,5 @@ def _ended(rid: str, reason: FinishReason, message: str) -> TokenOutput:
         num_output_tokens=0,
         finish_reason=reason,
         message=message,
+        status=status,
     )

@@ -1,192 +1,52 @@
-"""OpenAI's JSON: what a request may hold, and what answers look like. Nothing else knows these names.
-
-Requests are pydantic models, checked strictly (no "1" for 1); null means the default. Fields nobody knows are accepted,
-as OpenAI's clients add some; fields that SGLang or OpenAI know and baleen has not built are refused unless their value
-asks for nothing. Answers are msgspec structs: a stream makes one per token.
-"""
+"""The requests of /v1/chat/completions and /v1/completions. Nothing else knows OpenAI's field names."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal
 
-import msgspec
-from msgspec import UNSET, UnsetType
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, field_validator
 
-from baleen.chat.tokenizer import Tokenizer
-from baleen.config import ConfigError
-from baleen.messages import SamplingParams, TokenLogprobs
-from baleen.server.errors import ApiError, bad_request, validation_error
-from baleen.server.generation import Choice
+from baleen.messages import Grammar
+from baleen.server.constraints import ConstraintFields, ResponseFormat, ToolUse, tool_use
+from baleen.server.errors import bad_request
+from baleen.server.fields import MAX_CHOICES, MAX_LOGPROBS, REFUSED, Int64, NumTokens, RequestModel, TokenId
 
-MAX_LOGPROBS = 20
-MAX_CHOICES = 128
-_GREEDY_BELOW = 1e-6  # a smaller temperature is greedy, as in SGLang
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
-# ---- requests ---------------------------------------------------------------
 
-Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+def _is_effort(value: Any) -> Any:
+    if value is None or value in _EFFORTS or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    raise ValueError(f"must be one of {', '.join(_EFFORTS)}, or a number")
 
-# name -> the values that ask for nothing; null is always one of them
-_NOT_BUILT: dict[str, tuple[Any, ...]] = {
-    "bootstrap_host": (),
-    "bootstrap_port": (),
-    "bootstrap_room": (),
-    "cache_salt": (),
-    "custom_logit_processor": (),
-    "custom_params": (),
-    "data_parallel_rank": (),
-    "disagg_prefill_dp_rank": (),
-    "ebnf": (),
-    "extra_key": (),
-    "json_schema": (),
-    "logit_bias": ({},),
-    "lora_path": (),
-    "min_tokens": (0,),
-    "no_stop_trim": (False,),
-    "priority": (0,),
-    "regex": (),
-    "response_format": ({"type": "text"},),
+
+# Not unions of types: pydantic's complaint about one would not name the field.
+Effort = Annotated[
+    Any,
+    AfterValidator(_is_effort),
+    WithJsonSchema({"anyOf": [{"enum": list(_EFFORTS)}, {"type": "number"}, {"type": "null"}]}),
+]
+ToolChoice = Annotated[
+    Any,  # read by `constraints.tool_use`
+    WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}, {"type": "null"}]}),
+]
+
+_REFUSED = REFUSED | {
+    "cache_salt": ("",),
     "return_cached_tokens_details": (False,),
-    "return_hidden_states": (False,),
-    "return_meta_info": (False,),
-    "return_prompt_token_ids": (False,),
-    "return_routed_experts": (False,),
-    "routed_dp_rank": (),
-    "session_id": (),
-    "session_params": (),
-    "stop_regex": ([], ""),
-    "structural_tag": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
 }
 
 
-class RequestModel(BaseModel):
-    """A JSON object of a request. `not_built` names known fields that are refused."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-    not_built: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-
-    def refuse_not_built(self, prefix: str = "") -> None:
-        """Raises ApiError 400 naming the first field that asks for something baleen cannot do."""
-        for name, value in (self.model_extra or {}).items():
-            nothing = self.not_built.get(name)
-            if nothing is not None and value is not None and value not in nothing:
-                raise bad_request(prefix + name, "not supported by this server", "unsupported_parameter")
-
-
-M = TypeVar("M", bound=RequestModel)
-
-
-def parse(model: type[M], body: bytes) -> M:
-    """Raises ApiError 400 naming the field."""
-    try:
-        request = model.model_validate_json(body)
-    except ValidationError as error:
-        raise validation_error(error) from None
-    request.refuse_not_built()
-    return request
-
-
-def parse_part(model: type[M], value: Any, prefix: str) -> M:
-    """A JSON object inside a body, already decoded. Raises ApiError 400 naming the field as `prefix` + its name."""
-    try:
-        part = model.model_validate(value)
-    except ValidationError as error:
-        raise validation_error(error, prefix) from None
-    part.refuse_not_built(prefix)
-    return part
-
-
-class SamplingFields(RequestModel):
-    """How to choose tokens: the fields all routes share."""
-
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Probability | None = None
-    top_k: int | None = None
-    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    frequency_penalty: Penalty | None = None
-    presence_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=2, allow_inf_nan=False)] | None = None  # logits / it: finite
-    stop: list[str] | None = None
-    stop_token_ids: list[TokenId] | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _stop_is_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-    @field_validator("stop")
-    @classmethod
-    def _stop_is_not_empty(cls, value: list[str] | None) -> list[str] | None:
-        if value is not None and "" in value:
-            raise ValueError("a stop string must not be empty")
-        return value
-
-    @field_validator("top_k")
-    @classmethod
-    def _top_k_range(cls, value: int | None) -> int | None:
-        if value is not None and value != -1 and not 1 <= value < 2**31:
-            raise ValueError("must be at least 1, or -1 for all tokens")
-        return value
-
-    def sampling(
-        self, defaults: Mapping[str, Any], *, max_new_tokens: int, seed: int | None, logprobs: int | None
-    ) -> SamplingParams:
-        """All values decided: the request's, else `defaults`, else what changes nothing."""
-
-        def value(name: str, neutral: float) -> Any:
-            given = getattr(self, name)
-            return defaults.get(name, neutral) if given is None else given
-
-        temperature = float(value("temperature", 1.0))
-        return SamplingParams(
-            max_new_tokens=max_new_tokens,
-            temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
-            top_p=float(value("top_p", 1.0)),
-            top_k=int(value("top_k", -1)),
-            min_p=float(value("min_p", 0.0)),
-            frequency_penalty=self.frequency_penalty or 0.0,
-            presence_penalty=self.presence_penalty or 0.0,
-            repetition_penalty=float(value("repetition_penalty", 1.0)),
-            seed=seed,
-            stop=tuple(self.stop or ()),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=bool(self.ignore_eos),
-            logprobs=logprobs,
-        )
-
-
-def read_sampling_defaults(folder: str) -> dict[str, Any]:
-    """What generation_config.json says of sampling. Raises ConfigError if the file is there and broken."""
-    path = Path(folder) / "generation_config.json"
-    if not path.is_file():
-        return {}
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        values = {name: raw[name] for name in names if raw.get(name) is not None}
-        if values.get("top_k") == 0:
-            del values["top_k"]  # transformers' way to say all tokens
-        parse_part(SamplingFields, values, "")
-    except (OSError, ValueError, AttributeError, RecursionError, ApiError) as error:
-        raise ConfigError(str(path), f"cannot be read ({error})", "fetch it again or delete it") from error
-    return values
-
-
 class StreamOptions(RequestModel):
-    not_built: ClassVar = {"continuous_usage_stats": (False,)}
+    refused: ClassVar = {"include_obfuscation": (False,)}
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
-class OpenAIRequest(SamplingFields):
+class OpenAIRequest(ConstraintFields):
     """What chat and completions share."""
 
     model: str | None = None
@@ -194,73 +54,145 @@ class OpenAIRequest(SamplingFields):
     seed: Int64 | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    rid: str | None = None
+    max_tokens: NumTokens | None = None
+    min_tokens: NumTokens | None = None
+    response_format: ResponseFormat | None = None
+    priority: Int64 | None = None
+    rid: Annotated[str, Field(min_length=1)] | None = None
+    return_prompt_token_ids: bool | None = None
+    return_meta_info: bool | None = None
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def refuse_not_built(self, prefix: str = "") -> None:
-        super().refuse_not_built(prefix)
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+    @property
+    def choices_per_prompt(self) -> int:
+        return self.n or 1
+
+    def constraints(self, prefix: str = "") -> dict[str, Grammar]:
+        found = super().constraints(prefix)
+        grammar = self.response_format.grammar() if self.response_format is not None else None
+        return found if grammar is None else {"response_format": grammar} | found
+
+    def check(self, prefix: str = "") -> None:
+        super().check(prefix)
         if self.stream_options is not None:
             if not self.stream:
                 raise bad_request("stream_options", "only with stream: true")
-            self.stream_options.refuse_not_built(prefix + "stream_options.")
+            self.stream_options.check(prefix + "stream_options.")
+        for name in ("return_prompt_token_ids", "return_meta_info"):
+            if self.stream and getattr(self, name):
+                raise bad_request(name, "only without stream")
+
+
+class Thinking(RequestModel):
+    """DeepSeek's own switch; in a request also true and false."""
+
+    refused: ClassVar = {"budget_tokens": ()}
+    type: Literal["enabled", "disabled", "adaptive"]
+
+
+class Reasoning(RequestModel):
+    """Another spelling of the same: {"effort", "enabled", "exclude"}, with SGLang's older names for the first two."""
+
+    refused: ClassVar = {"max_tokens": ()}
+    effort: Effort = None
+    reasoning_effort: Effort = None
+    enabled: bool | None = None
+    enable: bool | None = None
+    exclude: bool | None = None
 
 
 class ChatRequest(OpenAIRequest):
     """POST /v1/chat/completions. The messages' own fields are checked by `chat.encoding`."""
 
-    not_built: ClassVar = _NOT_BUILT | {
+    refused: ClassVar = _REFUSED | {
         "audio": (),
-        "continue_final_message": (False,),
         "function_call": ("none", "auto"),
         "functions": ([],),
-        "input_ids": (),
         "modalities": (["text"],),
+        "moderation": (),
         "prediction": (),
-        "reasoning": ({},),
-        "stream_reasoning": (True,),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
+        "prompt_cache_options": ({},),
+        "prompt_cache_retention": ("in_memory", "in-memory"),
+        "task": (),
+        "verbosity": ("medium",),
         "web_search_options": (),
     }
     messages: list[dict[str, Any]] = Field(min_length=1)
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    input_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    max_completion_tokens: NumTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: Any = None
+    thinking: Thinking | None = None
+    reasoning: Reasoning | None = None
+    reasoning_effort: Effort = None
     separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
+    include_reasoning: bool | None = None
+    continue_final_message: bool | None = None
+
+    @field_validator("thinking", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return {"type": "enabled" if value else "disabled"} if isinstance(value, bool) else value
 
     @field_validator("chat_template_kwargs")
     @classmethod
-    def _toggles_are_bool(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+    def _template_kwargs(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
         for name in ("thinking", "enable_thinking"):
             if not isinstance((value or {}).get(name), bool | None):
                 raise ValueError(f"{name} must be true or false")
+        _is_effort((value or {}).get("reasoning_effort"))
+        if (value or {}).get("force_nonempty_content"):
+            raise ValueError("force_nonempty_content is not supported by this server")
         return value
 
-    @field_validator("reasoning_effort")
-    @classmethod
-    def _effort_is_known(cls, value: Any) -> Any:
-        known = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-        if value is None or value in known or (isinstance(value, int | float) and not isinstance(value, bool)):
-            return value
-        raise ValueError(f"must be one of {', '.join(known)}, or a number")
-
     @property
-    def thinking(self) -> bool:
-        """Whether the model thinks first: the one test, for the prompt and for the answer.
+    def wants_thinking(self) -> bool:
+        """Whether the model shall think first. Of several fields that say so, the first of this list counts:
 
-        `thinking` wins over `enable_thinking`, which wins over `reasoning_effort` (all but "none" turn it on).
+        chat_template_kwargs.thinking, chat_template_kwargs.enable_thinking, thinking, reasoning.enabled,
+        chat_template_kwargs.reasoning_effort, reasoning_effort, reasoning.effort (any but "none" turns it on).
         """
         kwargs = self.chat_template_kwargs or {}
-        for name in ("thinking", "enable_thinking"):
-            if kwargs.get(name) is not None:
-                return bool(kwargs[name])
-        return self.reasoning_effort not in (None, "none")
+        reasoning = self.reasoning or Reasoning()
+        thinking = None if self.thinking is None else self.thinking.type != "disabled"
+        switches = (kwargs.get("thinking"), kwargs.get("enable_thinking"), thinking)
+        for switch in (*switches, reasoning.enabled, reasoning.enable):
+            if switch is not None:
+                return bool(switch)
+        efforts = (kwargs.get("reasoning_effort"), self.reasoning_effort, reasoning.effort, reasoning.reasoning_effort)
+        return next((effort for effort in efforts if effort is not None), "none") != "none"
+
+    @property
+    def shows_reasoning(self) -> bool:
+        """Whether the answer carries the reasoning, if it is kept apart from the content."""
+        return self.include_reasoning is not False and not (self.reasoning is not None and self.reasoning.exclude)
+
+    @cached_property
+    def tool_use(self) -> ToolUse:
+        """Of the request's tools and of those that system and developer messages carry. Raises ApiError 400."""
+        tools = {f"tools[{i}]": tool for i, tool in enumerate(self.tools or ())}
+        for i, message in enumerate(self.messages):
+            own = message.get("tools")
+            if isinstance(own, list):
+                tools |= {f"messages[{i}].tools[{j}]": tool for j, tool in enumerate(own)}
+        return tool_use(tools, self.tool_choice, self.parallel_tool_calls)
+
+    @property
+    def response_schema(self) -> dict[str, Any] | None:
+        """What `response_format` of type json_schema asks for, to be written into the prompt. Raises ApiError 400."""
+        return self.response_format.schema_asked if self.response_format is not None else None
 
     @property
     def max_new_tokens(self) -> tuple[int | None, str]:
@@ -273,23 +205,27 @@ class ChatRequest(OpenAIRequest):
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def refuse_not_built(self, prefix: str = "") -> None:
-        super().refuse_not_built(prefix)
+    def check(self, prefix: str = "") -> None:
+        super().check(prefix)
         if self.top_logprobs and not self.logprobs:
             raise bad_request("top_logprobs", "only with logprobs: true")
-        for i, message in enumerate(self.messages):
-            for name in ("tool_calls", "function_call", "audio", "prefix"):
-                if message.get(name):
-                    raise bad_request(f"messages[{i}].{name}", "not supported by this server", "unsupported_parameter")
-            if message.get("role") in ("tool", "function"):
-                raise bad_request(f"messages[{i}].role", "tools are not supported by this server", "unsupported_value")
+        if self.input_ids is not None and self.continue_final_message:
+            raise bad_request("continue_final_message", "not with input_ids, which are the whole prompt")
+        for name, part in (("reasoning", self.reasoning), ("thinking", self.thinking)):
+            if part is not None:
+                part.check(f"{prefix}{name}.")
+        if self.tool_use.callable and (found := self.constraints()):
+            message = 'cannot be combined with tools that may be called; send tool_choice "none", or leave one out'
+            raise bad_request(next(iter(found)), message)
 
 
 class CompletionRequest(OpenAIRequest):
     """POST /v1/completions. `prompt`: a string, ids, or a list of either."""
 
-    not_built: ClassVar = _NOT_BUILT | {"best_of": (1,), "echo": (False,), "suffix": ("",)}
+    refused: ClassVar = _REFUSED | {"suffix": ("",)}
     prompt: Any
+    echo: bool | None = None
+    best_of: int | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @field_validator("prompt")
@@ -308,169 +244,7 @@ class CompletionRequest(OpenAIRequest):
     def prompts(self) -> list[str | list[int]]:
         return self.prompt
 
-
-# ---- answers ----------------------------------------------------------------
-
-
-class PromptTokensDetails(msgspec.Struct):
-    cached_tokens: int
-
-
-class CompletionTokensDetails(msgspec.Struct):
-    reasoning_tokens: int
-
-
-class Usage(msgspec.Struct):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: CompletionTokensDetails
-
-
-def usage(choices: Sequence[Choice], n: int, reasoning_tokens: int = 0) -> Usage:
-    """Of a request's choices, `n` to each prompt; a prompt counts once."""
-    prompt = sum(choice.num_prompt_tokens for choice in choices[::n])
-    cached = sum(choice.num_cached_tokens for choice in choices[::n])
-    completion = sum(choice.num_output_tokens for choice in choices)
-    return Usage(
-        prompt, completion, prompt + completion, PromptTokensDetails(cached), CompletionTokensDetails(reasoning_tokens)
-    )
-
-
-class TokenLogprob(msgspec.Struct):
-    token: str
-    bytes: list[int]
-    logprob: float
-    top_logprobs: list[TokenLogprob] | UnsetType = UNSET
-
-
-class ChatLogprobs(msgspec.Struct):
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-class ChatMessage(msgspec.Struct):
-    content: str
-    reasoning_content: str | None
-    role: Literal["assistant"] = "assistant"
-    tool_calls: None = None
-
-
-class ChatChoice(msgspec.Struct):
-    index: int
-    message: ChatMessage
-    finish_reason: str | None
-    logprobs: ChatLogprobs | None = None
-    matched_stop: int | str | None = None
-
-
-class ChatCompletion(msgspec.Struct):
-    id: str
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    object: Literal["chat.completion"] = "chat.completion"
-
-
-class ChatDelta(msgspec.Struct):
-    role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
-    reasoning_content: str | UnsetType = UNSET
-
-
-class ChatChunkChoice(msgspec.Struct):
-    index: int
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: str | None = None
-    matched_stop: int | str | None = None
-
-
-class ChatChunk(msgspec.Struct):
-    id: str
-    created: int
-    model: str
-    choices: list[ChatChunkChoice]
-    usage: Usage | UnsetType | None = UNSET
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-
-
-class CompletionLogprobs(msgspec.Struct):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-class CompletionChoice(msgspec.Struct):
-    index: int
-    text: str
-    finish_reason: str | None = None
-    logprobs: CompletionLogprobs | None = None
-    matched_stop: int | str | None = None
-
-
-class Completion(msgspec.Struct):
-    """Also the chunk of a stream, where `usage` is unset or null until the last."""
-
-    id: str
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | UnsetType | None = UNSET
-    object: Literal["text_completion"] = "text_completion"
-
-
-class ModelCard(msgspec.Struct):
-    id: str
-    created: int
-    root: str
-    max_model_len: int
-    object: Literal["model"] = "model"
-    owned_by: str = "baleen"
-    parent: None = None
-
-
-class ModelList(msgspec.Struct):
-    data: list[ModelCard]
-    object: Literal["list"] = "list"
-
-
-def finite(logprob: float) -> float:
-    """JSON has no -inf; OpenAI writes -9999."""
-    return max(logprob, -9999.0)
-
-
-def chat_logprobs(tokenizer: Tokenizer, ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> list[TokenLogprob]:
-    def entry(token_id: int, logprob: float) -> TokenLogprob:
-        data = tokenizer.token_bytes(token_id)
-        return TokenLogprob(data.decode("utf-8", "replace"), list(data), finite(logprob))
-
-    entries = []
-    for token_id, token in zip(ids, logprobs):
-        chosen = entry(token_id, token.logprob)
-        chosen.top_logprobs = [entry(*top) for top in token.top]
-        entries.append(chosen)
-    return entries
-
-
-def completion_logprobs(
-    tokenizer: Tokenizer, ids: Sequence[int], logprobs: Sequence[TokenLogprobs], offsets: Sequence[int]
-) -> CompletionLogprobs:
-    def name(token_id: int) -> str:
-        data = tokenizer.token_bytes(token_id)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:  # OpenAI's spelling of a token that is not text by itself
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-    tops = []
-    for token_id, token in zip(ids, logprobs):
-        top = {name(i): finite(logprob) for i, logprob in token.top}
-        top.setdefault(name(token_id), finite(token.logprob))
-        tops.append(top)
-    return CompletionLogprobs(
-        [name(i) for i in ids], [finite(token.logprob) for token in logprobs], tops, list(offsets)
-    )
+    def check(self, prefix: str = "") -> None:
+        super().check(prefix)
+        if self.best_of not in (None, self.choices_per_prompt):
+            raise bad_request("best_of", "not supported by this server but with n's value", "unsupported_parameter")

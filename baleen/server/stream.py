@@ -1,7 +1,7 @@
 """Server-sent events, and noticing that the client has gone.
 
 Handlers await the engine's first output before they answer, so that what goes wrong before it is a plain HTTP error.
-Later errors are an event `data: {"error": ...}`. Either way `data: [DONE]` is the last event.
+Later errors are an event: `data: {"error": ...}` and then, either way, `data: [DONE]`, unless a protocol has its own.
 """
 
 from __future__ import annotations
@@ -105,13 +105,30 @@ async def _wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-class EventStream(Response):
-    """Sends what `events` yields (each item one or more whole events) as it comes; ends `generation` in any case."""
+def error_event(error: ApiError) -> bytes:
+    return b"data: " + error.body() + b"\n\n"
 
-    def __init__(self, events: AsyncIterator[bytes], generation: Generation) -> None:
+
+class EventStream(Response):
+    """Sends what `events` yields (each item one or more whole events) as it comes; ends `generation` in any case.
+
+    failed   the event that tells of an error
+    done     the last event
+    """
+
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        generation: Generation,
+        *,
+        failed: Callable[[ApiError], bytes] = error_event,
+        done: bytes = _DONE,
+    ) -> None:
         super().__init__()
         self._events = events
         self._generation = generation
+        self._failed = failed
+        self._done = done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -126,9 +143,9 @@ class EventStream(Response):
             async for data in self._events:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         except ApiError as error:
-            await send({"type": "http.response.body", "body": b"data: " + error.body() + b"\n\n", "more_body": True})
+            await send({"type": "http.response.body", "body": self._failed(error), "more_body": True})
         except Exception as error:
             _log.exception("a stream failed")
             failure = ApiError(500, f"internal error: {type(error).__name__}", code="internal_error")
-            await send({"type": "http.response.body", "body": b"data: " + failure.body() + b"\n\n", "more_body": True})
-        await send({"type": "http.response.body", "body": _DONE, "more_body": False})
+            await send({"type": "http.response.body", "body": self._failed(failure), "more_body": True})
+        await send({"type": "http.response.body", "body": self._done, "more_body": False})

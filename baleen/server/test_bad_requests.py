@@ -15,6 +15,7 @@ from baleen.server.conftest import CONTEXT, VOCAB_SIZE, Server
 HI = [{"role": "user", "content": "hi"}]
 IMAGE = [{"type": "text", "text": "what is this"}, {"type": "image_url", "image_url": {"url": "x"}}]
 TOOL = {"type": "function", "function": {"name": "f"}}
+ALLOW = {"type": "allowed_tools"}
 
 # field, value, `param` of the error if it is another name
 CHAT = [
@@ -44,7 +45,7 @@ CHAT = [
     ("logprobs", 2, None),
     ("top_logprobs", 3, None),  # without logprobs: true
     ("top_logprobs", 21, None),
-    ("max_tokens", 0, None),
+    ("max_tokens", -1, None),
     ("max_tokens", 10**6, None),
     ("max_completion_tokens", CONTEXT, None),
     ("stream", 1, None),
@@ -60,29 +61,73 @@ CHAT = [
     ("messages", [*HI, {"role": "robot", "content": "x"}], "messages[1].role"),
     ("messages", [{"role": "user", "content": IMAGE}], "messages[0].content[1].type"),
     ("messages", [{"role": "tool", "content": "x"}, *HI], "messages[0].role"),
-    ("messages", [{"role": "assistant", "tool_calls": [{}]}, *HI], "messages[0].tool_calls"),
+    ("messages", [{"role": "assistant", "tool_calls": [{}]}, *HI], "messages[0].tool_calls[0].function"),
+    ("messages", [{"role": "system", "content": "x", "tools": [5]}, *HI], "messages[0].tools[0]"),
     ("messages", [*HI, {"role": "assistant", "content": "x"}], "messages[1].role"),
     ("messages", [{"role": "user", "content": "long " * CONTEXT}], "messages"),
-    # known, not built
-    ("tools", [TOOL], None),
+    ("tools", {"f": 1}, None),
+    ("tools", [TOOL, 5], "tools[1]"),
+    ("tools", [TOOL, {"type": "custom", "custom": {"name": "x"}}], "tools[1].type"),
+    ("tools", [{"type": "function"}], "tools[0].function"),
+    ("tools", [{"type": "function", "function": {"name": "two words"}}], "tools[0].function.name"),
+    ("tools", [{"type": "function", "function": {"name": ""}}], "tools[0].function.name"),
+    ("tools", [{"type": "function", "function": {"name": "f", "parameters": []}}], "tools[0].function.parameters"),
+    ("tools", [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}],
+     "tools[0].function.parameters"),
+    ("tools", [{"type": "function", "function": {"name": "f", "strict": "yes"}}], "tools[0].function.strict"),
+    ("tools", [{"type": "function", "function": {"name": "f", "defer_loading": True}}],
+     "tools[0].function.defer_loading"),
+    ("tools", [TOOL, TOOL], "tools[1].function.name"),
     ("tool_choice", "required", None),
+    ("tool_choice", "any", None),
+    ("tool_choice", {"type": "function", "function": {"name": "f"}}, None),
+    ("tool_choice", {"type": "function", "name": "f"}, None),
+    ("tool_choice", 5, None),
+    ("parallel_tool_calls", "no", None),
     ("functions", [{"name": "f"}], None),
-    ("response_format", {"type": "json_object"}, None),
-    ("logit_bias", {"5": 1}, None),
-    ("min_tokens", 4, None),
-    ("regex", "a+", None),
-    ("ebnf", "root ::= 'a'", None),
-    ("stop_regex", "a+", None),
-    ("no_stop_trim", True, None),
-    ("continue_final_message", True, None),
+    ("response_format", {"type": "xml"}, "response_format.type"),
+    ("response_format", {"type": "json_schema"}, "response_format.json_schema.schema"),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "x"}}, "response_format.json_schema.schema"),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": 5}}, "response_format.json_schema.schema"),
+    ("response_format", {"type": "structural_tag"}, None),
+    ("response_format", {"type": "structural_tag", "structures": [5], "triggers": []}, "response_format.structures[0]"),
+    ("structural_tag", "{", None),
+    ("json_schema", "INVALID", None),
+    ("json_schema", "[1]", None),
+    ("json_schema", "[" * 10_000, None),
+    ("json_schema", 5, None),
+    ("regex", "", None),
+    ("regex", 5, None),
+    ("ebnf", "", None),
+    ("logit_bias", {"5": 101}, "logit_bias.5"),
+    ("logit_bias", {"five": 1}, None),
+    ("logit_bias", {"05": 1}, None),
+    ("logit_bias", {str(VOCAB_SIZE): 1}, None),
+    ("logit_bias", [1], None),
+    ("min_tokens", CONTEXT, None),
+    ("min_tokens", -1, None),
+    ("stop_regex", "(", None),
+    ("stop_regex", [""], None),
+    ("thinking", {"type": "maybe"}, "thinking.type"),
+    ("thinking", {"type": "enabled", "budget_tokens": 5}, "thinking.budget_tokens"),
+    ("thinking", "yes", None),
+    ("reasoning", {"effort": "huge"}, "reasoning.effort"),
+    ("reasoning", {"max_tokens": 9}, "reasoning.max_tokens"),
+    ("chat_template_kwargs", {"reasoning_effort": "huge"}, None),
+    ("chat_template_kwargs", {"force_nonempty_content": True}, None),
+    ("input_ids", [VOCAB_SIZE], None),
+    ("input_ids", [], None),
+    ("input_ids", "1", None),
     ("lora_path", "x", None),
     ("priority", 3, None),
     ("audio", {"voice": "a"}, None),
     ("modalities", ["text", "audio"], None),
-    ("input_ids", [1, 2], None),
     ("session_id", "s", None),
     ("cache_salt", "s", None),
-]
+    ("rid", "", None),
+    ("rid", 5, None),
+    ("continue_final_message", True, None),  # the last message is the user's
+]  # fmt: skip
 COMPLETIONS = [
     ("prompt", None, None),
     ("prompt", "", None),
@@ -100,10 +145,14 @@ COMPLETIONS = [
     ("logprobs", -1, None),
     ("logprobs", 21, None),
     ("logprobs", True, None),
-    ("echo", True, None),
+    ("echo", "yes", None),
     ("suffix", "x", None),
     ("best_of", 2, None),
-    ("json_schema", "{}", None),
+    ("min_tokens", 17, None),  # above the default of max_tokens
+    ("json_schema", "{", None),
+    ("response_format", {"type": "json_schema"}, "response_format.json_schema.schema"),
+    ("logit_bias", {"-1": 1}, None),
+    ("stop_regex", "[", None),
     ("model", 5, None),
 ]
 NATIVE = [
@@ -115,16 +164,27 @@ NATIVE = [
     ("input_ids", [1], "text"),  # both
     ("sampling_params", {"temperature": -1}, "sampling_params.temperature"),
     ("sampling_params", {"max_new_tokens": CONTEXT}, "sampling_params.max_new_tokens"),
-    ("sampling_params", {"max_new_tokens": 0}, "sampling_params.max_new_tokens"),
-    ("sampling_params", {"regex": "a"}, "sampling_params.regex"),
-    ("sampling_params", {"min_new_tokens": 1}, "sampling_params.min_new_tokens"),
+    ("sampling_params", {"max_new_tokens": -1}, "sampling_params.max_new_tokens"),
+    ("sampling_params", {"max_new_tokens": 4, "min_new_tokens": 5}, "sampling_params.min_new_tokens"),
+    ("sampling_params", {"regex": ""}, "sampling_params.regex"),
+    ("sampling_params", {"regex": "a", "json_schema": "{}"}, "sampling_params.regex"),
+    ("sampling_params", {"json_schema": "INVALID"}, "sampling_params.json_schema"),
+    ("sampling_params", {"structural_tag": {"structures": []}}, "sampling_params.structural_tag"),
+    ("sampling_params", {"logit_bias": {str(VOCAB_SIZE): 1}}, "sampling_params.logit_bias"),
+    ("sampling_params", {"custom_params": {"a": 1}}, "sampling_params.custom_params"),
+    ("sampling_params", {"stream_interval": 0}, "sampling_params.stream_interval"),
     ("sampling_params", [{}, {}], "sampling_params"),
-    ("sampling_params", [{"stop_regex": "a"}], "sampling_params[0].stop_regex"),
+    ("sampling_params", [{"stop_regex": "("}], "sampling_params[0].stop_regex"),
+    ("sampling_params", [{"logit_bias": {str(VOCAB_SIZE): 1}}], "sampling_params[0].logit_bias"),
     ("sampling_params", [{"top_k": 0}], "sampling_params[0].top_k"),
     ("sampling_params", [5], None),
     ("sampling_params", 5, None),
     ("image_data", "x", None),
-    ("logprob_start_len", 0, None),
+    ("logprob_start_len", -2, None),
+    ("rid", [], None),
+    ("rid", ["a", "b"], None),
+    ("rid", ["a", 5], None),
+    ("priority", 1, None),
     ("return_hidden_states", True, None),
     ("top_logprobs_num", 50, None),
 ]
@@ -167,11 +227,38 @@ def test_the_same_error_before_a_stream_is_plain_http(server: Server) -> None:
             error_of(http.post(path, json=body | {"stream": True, "sampling_params": {"top_p": 2}, "top_p": 2}), 400)
 
 
-def test_not_built_fields_inside_stream_options(server: Server) -> None:
-    body = {"messages": HI, "stream": True, "stream_options": {"continuous_usage_stats": True}}
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"regex": "a", "ebnf": "root ::= 'a'"}, "ebnf"),
+        ({"response_format": {"type": "json_object"}, "regex": "a"}, "regex"),
+        ({"response_format": {"type": "json_object"}, "tools": [TOOL]}, "response_format"),
+        ({"json_schema": "{}", "tools": [TOOL], "tool_choice": "required"}, "json_schema"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": ALLOW | {"allowed_tools": {"mode": "none", "tools": [TOOL]}}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": ALLOW | {"allowed_tools": {"mode": "auto", "tools": []}}},
+         "tool_choice.allowed_tools.tools"),
+        ({"tools": [TOOL], "tool_choice": ALLOW | {"allowed_tools": {"mode": "auto", "tools": ["f"]}}},
+         "tool_choice.allowed_tools.tools[0]"),
+        ({"input_ids": [5], "continue_final_message": True}, "continue_final_message"),
+        ({"stream": True, "return_meta_info": True}, "return_meta_info"),
+        ({"stream": True, "return_prompt_token_ids": True}, "return_prompt_token_ids"),
+        ({"max_tokens": 5, "min_tokens": 6}, "min_tokens"),
+    ],
+)  # fmt: skip
+def test_fields_that_do_not_go_together(server: Server, extra: dict[str, Any], param: str) -> None:
+    script = server.play("x")
     with server.http() as http:
-        error = error_of(http.post("/v1/chat/completions", json=body), 400)
-    assert error["param"] == "stream_options.continuous_usage_stats"
+        error = error_of(http.post("/v1/chat/completions", json={"messages": HI} | extra), 400)
+    assert error["param"] == param
+    assert not script.requests
+
+
+def test_prompt_logprobs_must_start_in_the_prompt(server: Server) -> None:
+    body = {"text": "hi", "return_logprob": True, "logprob_start_len": 3}
+    with server.http() as http:
+        assert error_of(http.post("/generate", json=body), 400)["param"] == "logprob_start_len"
 
 
 def test_values_that_ask_for_nothing_are_fine(server: Server) -> None:

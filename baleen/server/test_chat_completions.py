@@ -10,7 +10,6 @@ from typing import Any
 import openai
 import pytest
 
-from baleen.chat.encoding import encode_messages
 from baleen.messages import GenerateRequest, unpack_ids
 from baleen.server.conftest import CONTEXT, EOS_ID, Server, wait_until
 
@@ -35,7 +34,7 @@ def test_answer_usage_and_prompt(server: Server) -> None:
     assert choice.matched_stop == EOS_ID
     assert (answer.object, answer.model) == ("chat.completion", "tiny-whale")
     assert answer.id.startswith("chatcmpl-")
-    prompt = server.tokenizer.encode(encode_messages(messages, thinking=False))
+    prompt = server.tokenizer.encode("<｜begin▁of▁sentence｜>Be brief.<｜User｜>hi<｜Assistant｜></think>")
     assert unpack_ids(script.requests[0].input_ids) == prompt
     num_said = len(server.tokenizer.encode("Hello, 世界 😀!")) + 1  # and eos
     usage = answer.usage

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from baleen.messages import GenerateRequest, unpack_ids
+from baleen.messages import GenerateRequest, Grammar, unpack_ids
 from baleen.server.conftest import CONTEXT, EOS_ID, Server
 
 
@@ -91,3 +91,73 @@ def test_logprobs_and_offsets(server: Server, stream: bool, per_step: int) -> No
     assert any(token.startswith("bytes:\\x") for token in tokens)  # the character that takes several tokens
     assert all(len(top) >= 2 and top[token] == -0.5 for token, top in zip(tokens, tops))
     assert [lp for part in parts for lp in part.logprobs.token_logprobs] == [-0.5] * len(tokens)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("form", ["text", "ids"])
+def test_echo_puts_the_prompt_before_the_answer(server: Server, stream: bool, form: str) -> None:
+    script = server.play(" and 🦊")
+    prompt = "é🦊<｜User｜>the"  # special tokens too
+    given = prompt if form == "text" else server.tokenizer.encode(prompt)
+    answer = complete(server, prompt=given, echo=True, logprobs=1, stream=stream)
+    parts = [c.choices[0] for c in answer] if stream else answer.choices
+    assert "".join(part.text for part in parts) == prompt + " and 🦊"
+    tokens = [t for part in parts for t in part.logprobs.tokens]
+    offsets = [o for part in parts for o in part.logprobs.text_offset]
+    logprobs = [lp for part in parts for lp in part.logprobs.token_logprobs]
+    tops = [top for part in parts for top in part.logprobs.top_logprobs]
+    num = len(server.tokenizer.encode(prompt))
+    said = len(server.tokenizer.encode(" and 🦊")) + 1
+    assert len(tokens) == len(offsets) == len(logprobs) == len(tops) == num + said
+    assert logprobs == [None, *(-i / 8 for i in range(1, num)), *[-0.5] * said]
+    assert tops[0] is None
+    assert tops[1][tokens[1]] == -1 / 8
+    whole = prompt + " and 🦊"
+    for token, offset in zip(tokens[:-1], offsets):
+        assert token.startswith("bytes:") or whole[offset:].startswith(token)
+    assert script.requests[0].sampling.prompt_logprobs == 0
+
+
+def test_echo_without_logprobs(server: Server) -> None:
+    script = server.play(reply=echo_reversed)
+    answer = complete(server, prompt=["ab", "cd"], echo=True, n=2)
+    assert [c.text for c in answer.choices] == ["abba", "abba", "cddc", "cddc"]
+    assert script.requests[0].sampling.prompt_logprobs is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_scoring_a_text_generates_nothing(server: Server, stream: bool) -> None:
+    """As lm-eval does it."""
+    server.play("x")
+    answer = complete(server, prompt="abc", echo=True, logprobs=1, max_tokens=0, stream=stream)
+    parts = [c.choices[0] for c in answer] if stream else answer.choices
+    assert "".join(part.text for part in parts) == "abc"
+    assert parts[-1].finish_reason == "length"
+    assert [lp for part in parts for lp in part.logprobs.token_logprobs] == [None, -1 / 8, -2 / 8]
+    if not stream:
+        assert answer.usage.completion_tokens == 0
+
+
+def test_constraints_and_extensions_reach_the_engine(server: Server) -> None:
+    script = server.play("ab12")
+    body = {"json_schema": '{"const": 1}', "min_tokens": 2, "ignore_eos": True, "stop_regex": "[0-9]", "best_of": 1}
+    answer = complete(server, prompt="a", logit_bias={"7": 1.5}, extra_body=body, seed=3)
+    assert (answer.choices[0].text, answer.choices[0].matched_stop) == ("ab", "[0-9]")
+    s = script.requests[0].sampling
+    assert s.grammar == Grammar(kind="json_schema", text='{"const": 1}')
+    assert (s.min_new_tokens, s.ignore_eos, s.logit_bias, s.seed) == (2, True, ((7, 1.5),), 3)
+    complete(server, prompt="a", extra_body={"response_format": {"type": "json_object"}})
+    assert script.requests[1].sampling.grammar == Grammar(kind="json_schema", text='{"type": "object"}')
+
+
+def test_meta_info_ids_and_running_usage(server: Server) -> None:
+    script = server.play("ab")
+    extra = {"return_meta_info": True, "return_prompt_token_ids": True, "rid": "whale"}
+    answer = complete(server, prompt=["a", "b"], extra_body=extra)
+    assert answer.id == "whale"
+    assert [c.prompt_token_ids for c in answer.choices] == [unpack_ids(r.input_ids) for r in script.requests]
+    assert [c.meta_info["finish_reason"]["type"] for c in answer.choices] == ["stop", "stop"]
+    options = {"continuous_usage_stats": True}
+    chunks = list(complete(server, prompt="a", stream=True, extra_body={"stream_options": options}))
+    assert all(c.usage.prompt_tokens == 1 for c in chunks)
+    assert chunks[-1].usage.completion_tokens == 3

@@ -16,8 +16,8 @@ import pytest
 
 from baleen.messages import EngineReady, EngineStats
 from baleen.server import engine_client
-from baleen.server.app import PROBE_SECONDS
 from baleen.server.conftest import Server, running_server, wait_until
+from baleen.server.operations import PROBE_SECONDS
 from baleen.server.test_bad_requests import ROUTES, error_of
 
 HI = [{"role": "user", "content": "hi"}]
@@ -185,7 +185,7 @@ def test_health_generate_makes_a_token_or_times_out(server: Server, monkeypatch:
         assert http.get("/health_generate").status_code == 200
         assert script.requests[0].sampling.max_new_tokens == 1
         assert PROBE_SECONDS == 20.0
-        monkeypatch.setattr("baleen.server.app.PROBE_SECONDS", 0.2)
+        monkeypatch.setattr("baleen.server.operations.PROBE_SECONDS", 0.2)
         script = server.play("abc", hold=True)
         assert "no token" in error_of(http.get("/health_generate"), 503)["message"]
         wait_until(lambda: script.aborted)

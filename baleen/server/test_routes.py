@@ -126,7 +126,7 @@ def test_broken_generation_config_is_refused_at_start(tmp_path: Path, text: str)
     (tmp_path / "generation_config.json").write_text(text)
     config = make_config(tmp_path)
     with pytest.raises(ConfigError, match=r"generation_config\.json"):
-        create_app(config, EngineClient("", ""), Tokenizer.load(config))
+        create_app(config, EngineClient(""), Tokenizer.load(config))
 
 
 def test_drawn_seeds_follow_random_seed(tmp_path: Path) -> None:
