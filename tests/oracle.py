@@ -4,6 +4,7 @@ on the way.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,14 @@ class LogitsOf:
             self._step = batch.step
             return execute(batch)
 
-        def recording_sample(logits: Tensor, slots: list[int], positions: list[int]) -> SampledTokens:
+        def recording_sample(
+            logits: Tensor, slots: Sequence[int], positions: Sequence[int], unmasked: Tensor | None = None
+        ) -> SampledTokens:
             for row, slot, position in zip(logits.clone(), slots, positions):
                 rid = self._rid_of_slot[self._step].get(slot)
                 if rid is not None:
                     self.logits.setdefault(rid, {})[position] = row
-            return sample(logits, slots, positions)
+            return sample(logits, slots, positions, unmasked)
 
         scheduler.schedule = recording_schedule  # type: ignore[method-assign]
         runner.execute = recording_execute  # type: ignore[method-assign]

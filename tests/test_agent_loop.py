@@ -211,7 +211,7 @@ class ResponsesAgent:
             "model": "tiny-whale",
             "instructions": SYSTEM,
             "input": self.items,
-            "tools": [{"type": "function"} | tool for tool in TOOLS],
+            "tools": [{"type": "function", "strict": None} | tool for tool in TOOLS],
             "reasoning": {"effort": "high"},
             **self.more,
         }

@@ -165,7 +165,7 @@ BAD: dict[str, tuple[str, dict[str, Any], int, str | None]] = {
     "prompt longer than the context": ("chat", {"messages": [{"role": "user", "content": LONG}]}, 400, "messages"),
     "too many logprobs": ("chat", {"logprobs": True, "top_logprobs": 99}, 400, "top_logprobs"),
     "presence_penalty out of range": ("chat", {"presence_penalty": 9}, 400, "presence_penalty"),
-    "tools": ("chat", {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
+    "tool without a name": ("chat", {"tools": [{"type": "function", "function": {}}]}, 400, "tools"),
     "unknown model": ("chat", {"model": "gpt-9"}, 404, "model"),
     "empty prompt": ("completions", {"prompt": ""}, 400, "prompt"),
     "prompt of wrong type": ("completions", {"prompt": {"a": 1}}, 400, "prompt"),

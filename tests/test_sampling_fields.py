@@ -4,6 +4,7 @@ sampling fields that only a whole engine can show.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ from transformers import DeepseekV32ForCausalLM
 from baleen.engine import Engine
 from baleen.flags import default_config
 from baleen.llm import LLM
-from baleen.messages import GenerateRequest, SamplingParams, TokenLogprobs, TokenOutput, pack_ids
+from baleen.messages import GenerateRequest, Grammar, SamplingParams, TokenLogprobs, TokenOutput, pack_ids
+from baleen.model.random_checkpoint import build_random_checkpoint
 from baleen.sampling import sampler
 from tests.oracle import load_reference, random_prompts, save_model, teacher_forced
 
@@ -145,3 +147,21 @@ def test_llm_takes_the_fields(model: tuple[Path, DeepseekV32ForCausalLM]) -> Non
         for wrong in ({"logit_bias": ((320, 1.0),)}, {"logit_bias": ((-1, 1.0),)}, {"prompt_logprobs": 151}):
             with pytest.raises(ValueError, match=next(iter(wrong))):
                 llm.generate(prompt, SamplingParams(**wrong))
+
+
+def test_llm_takes_grammars(tmp_path: Path) -> None:
+    """Beside the other fields: a complete grammar ends the text before min_new_tokens, a bias picks what it allows."""
+    with LLM(str(build_random_checkpoint(tmp_path / "tiny", size="tiny")), context_length=1024) as llm:
+        (b,) = llm.tokenizer.encode("b")
+        params = [
+            SamplingParams(grammar=Grammar(kind="regex", text="ab"), min_new_tokens=20, logprobs=3),
+            SamplingParams(grammar=Grammar(kind="regex", text="[a-c]{5}"), logit_bias=((b, 100.0),)),
+            SamplingParams(grammar=Grammar(kind="regex", text="[0-9]{2,20}"), min_new_tokens=9, seed=1),
+        ]
+        short, biased, long = llm.generate(["hi"] * 3, params)
+        assert (short.text, short.finish_reason, len(short.token_ids)) == ("ab", "stop", 3)
+        assert all(math.isfinite(logprob) for entry in short.logprobs for _, logprob in entry.top)
+        assert biased.text == "bbbbb"
+        assert 9 <= len(long.text) <= 20
+        with pytest.raises(ValueError, match="regex"):
+            llm.generate("hi", SamplingParams(grammar=Grammar(kind="regex", text="a{")))

@@ -127,11 +127,12 @@ class GrammarReader:
         tools = []
         for i, tool in enumerate(asked["tools"]):
             function = tool["function"]
-            written = {"name": function["name"]}
-            if isinstance(function.get("parameters"), dict) and function.get("strict") is not False:
+            parameters: Any = {"type": "object"}
+            if function.get("strict") is not False:
                 at = f"/tools/{i}/function/parameters"
-                written["parameters"] = self._checked(function["parameters"], at, lenient=not function.get("strict"))
-            tools.append({"type": "function", "function": written})
+                asked_for = parameters | (function.get("parameters") or {})
+                parameters = self._checked(asked_for, at, lenient=not function.get("strict"))
+            tools.append({"type": "function", "function": {"name": function["name"], "parameters": parameters}})
         try:
             tag = tool_call_tag(asked["format"], tools, asked["tool_choice"], parallel=asked["parallel_tool_calls"])
             return self.compiler(json.dumps(tag, ensure_ascii=False)).compile_structural_tag(json.dumps(tag))

@@ -62,7 +62,7 @@ def children(schema: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The subschemas right below a schema, each with its path."""
     if not isinstance(schema, Mapping):
         return
-    for key in ("properties", "patternProperties", "$defs", "definitions"):
+    for key in ("$defs", "definitions", "properties", "patternProperties"):
         if isinstance(schema.get(key), Mapping):
             for name, child in schema[key].items():
                 yield (key, name), child
@@ -93,7 +93,9 @@ class _Rewriting:
         for keyword in _UNENFORCED:
             if schema.get(keyword) not in (None, False):
                 self._refuse(at, f"`{keyword}` cannot be enforced; leave it out")
-        changed = self._combined(dict(schema), at)
+        # Beside them xgrammar takes an object without further keywords for an empty one.
+        changed = {key: value for key, value in schema.items() if key not in _UNENFORCED}
+        changed = self._combined(changed, at)
         if not any(key in changed for key in _COMBINERS):
             changed = self._asserted(changed, at)
         below = list(children(changed))
@@ -175,12 +177,12 @@ class _Rewriting:
             if meant:
                 schema["type"] = meant[0] if len(meant) == 1 else meant
         kinds = _types(schema)
-        if _has(schema, ("multipleOf",)):
+        if "multipleOf" in schema:
             self._check_multiple(schema, kinds, at)
         if "string" in kinds:
             self._write_string(schema, at)
-        if "array" in kinds and _has(schema, ("minItems", "maxItems")) and not _has(schema, ("items", "prefixItems")):
-            schema["items"] = True  # without it xgrammar allows no item
+        if "type" in schema and "array" in kinds and not _has(schema, ("items", "prefixItems")):
+            schema["items"] = True  # without it some forms allow no item
         if "object" in kinds and _has(schema, _OBJECT):
             self._write_object(schema, at)
         return schema
@@ -199,8 +201,9 @@ class _Rewriting:
     def _check_multiple(self, schema: dict[str, Any], kinds: set[str], at: str) -> None:
         of = schema["multipleOf"]
         if "number" in kinds or not isinstance(of, int) or not 0 < of <= MAX_MULTIPLE_OF:
-            message = f"`multipleOf` can be enforced for type integer and 1 to {MAX_MULTIPLE_OF} only"
-            self._refuse(at, message)
+            self._refuse(at, f"`multipleOf` can be enforced for integers and 1 to {MAX_MULTIPLE_OF} only")
+        if _has(schema, _NUMBER[:4]):  # xgrammar takes both for some ranges, and drops `multipleOf` for others
+            self._refuse(at, "`multipleOf` beside a bound cannot be enforced; use `enum`")
 
     def _write_string(self, schema: dict[str, Any], at: str) -> None:
         lengths = [key for key in ("minLength", "maxLength") if key in schema]
@@ -208,6 +211,12 @@ class _Rewriting:
             if lengths:
                 self._refuse(at, f"`{lengths[0]}` beside `pattern` cannot be enforced; write it into the pattern")
             schema["pattern"] = self._pattern(schema["pattern"], pointer(at, ("pattern",)))
+        elif lengths:  # xgrammar's own bounded strings may hold bare control characters, which is no JSON
+            least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+            if type(least) is int and (most == "" or (type(most) is int and least <= most)):
+                schema["pattern"] = f".{{{least},{most}}}"
+                for key in lengths:
+                    del schema[key]
         if lengths or "pattern" in schema:
             schema.pop("format", None)  # it would displace them, and says nothing about validity
 

@@ -4,6 +4,7 @@ inside a schema, and lets a dot match a line break.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 _ASSERTIONS = {
@@ -11,6 +12,8 @@ _ASSERTIONS = {
     "\\B": "\\B", "\\A": "\\A (write ^)", "\\Z": "\\Z (write $)", "\\z": "\\z (write $)",
 }  # fmt: skip
 _NO_BREAK = "[^\\n\\r]"
+_ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|u\{[0-9a-fA-F]+\}|c.|.|$)", re.DOTALL)
+_CONTROL = re.compile(r"[\x00-\x1f]|\\[nrtfv0c]|\\x[01]|\\u00[01]|\\u\{0*1?.\}")
 
 
 class PatternError(ValueError):
@@ -23,7 +26,13 @@ def whole(pattern: str) -> str:
 
 
 def anywhere(pattern: str) -> str:
-    """The pattern for a JSON string in which it is found: what `pattern` in a schema means. Raises PatternError."""
+    """The pattern for a JSON string in which it is found: what `pattern` in a schema means. Raises PatternError.
+
+    No character of the string is escaped then, so there are no quotes, backslashes and line breaks in it.
+    """
+    for at, piece in _pieces(pattern):
+        if not piece.startswith("[^") and _CONTROL.search(piece):  # xgrammar would write it bare, which is no JSON
+            raise PatternError(f"the line break or control character at position {at + 1} cannot be enforced")
     found = []
     for pieces, at_start, at_end in _alternatives(pattern, "."):
         before, after = "" if at_start else ".*", "" if at_end else ".*"
@@ -64,8 +73,9 @@ def _pieces(pattern: str) -> Iterator[tuple[int, str]]:
             if pattern.startswith(mark, at):
                 raise PatternError(f"{name} at position {at + 1} cannot be enforced")
         end = at + 1
-        if pattern[at] == "\\":
-            end = at + 2
+        escape = _ESCAPE.match(pattern, at)
+        if escape:
+            end = escape.end()
         elif pattern[at] == "[":
             end += pattern.startswith("^", end)
             while end < len(pattern) and pattern[end] != "]":

@@ -2,6 +2,7 @@
 
 app.py               the routes; health, models, server info, metrics
 chat_completions.py  /v1/chat/completions        completions.py  /v1/completions        native.py  /generate
+responses.py         /v1/responses               anthropic_messages.py  /v1/messages
 protocol.py          OpenAI's JSON, in and out: nothing else knows it
 generation.py        one HTTP request's sequences: submitted, turned to text, stopped, counted
 stream.py            server-sent events, and noticing that the client has gone

@@ -18,6 +18,7 @@ from baleen.server.chat_run import ChatRun, Step, start_chat
 from baleen.server.errors import ApiError
 from baleen.server.generation import Service
 from baleen.server.prompt import encode_chat
+from baleen.server.protocol import ChatRequest
 from baleen.server.stream import EventStream, json_response, read_json
 from baleen.server.turns import errors_about, seal
 
@@ -31,11 +32,25 @@ async def messages(request: Request) -> Response:
     turns = body.turns()
     message_id = f"msg_{uuid.uuid4().hex[:24]}"
     with errors_about(body.field_names(turns)):
-        run = await start_chat(request, body.chat_request(turns, message_id), arrived=arrived)
-    answer = _Answer(service, body, run, message_id)
-    if body.stream:
-        return EventStream(answer.events(await run.first(request)), run.generation, failed=_failed, done=b"")
-    return json_response(answer.whole(await run.all(request)))
+        run = await _start(request, body.chat_request(turns, message_id), arrived)
+        answer = _Answer(service, body, run, message_id)
+        if body.stream:
+            first = await run.first(request)
+            return EventStream(answer.events(first), run.generation, failed=_failed, done=b"")
+        return json_response(answer.whole(await run.all(request)))
+
+
+async def _start(request: Request, chat: ChatRequest, arrived: float) -> ChatRun:
+    """As Anthropic does, an answer that may be longer than the context goes to its end. Raises ApiError."""
+    try:
+        return await start_chat(request, chat, arrived=arrived)
+    except ApiError as error:
+        if error.code != "context_length_exceeded":
+            raise
+        if error.param != "max_completion_tokens":
+            # The words by which agents see that they must shorten the conversation.
+            raise ApiError(400, f"prompt is too long: {error.message}", param=error.param, code=error.code) from None
+    return await start_chat(request, chat.model_copy(update={"max_completion_tokens": None}), arrived=arrived)
 
 
 async def count_tokens(request: Request) -> Response:
@@ -144,6 +159,7 @@ class _Answer:
 
     def __init__(self, service: Service, body: MessagesRequest, run: ChatRun, message_id: str) -> None:
         self._run = run
+        self._max_tokens = body.max_tokens
         self._stop_sequences = body.stop_sequences or []
         self._omitted = body.thinking is not None and body.thinking.display == "omitted"
         self._blocks: list[_Block] = []
@@ -211,7 +227,8 @@ class _Answer:
             case "abort":
                 raise ApiError(499, step.piece.message or "the request was aborted", code="aborted")
             case "length":
-                return {"stop_reason": "max_tokens", "stop_sequence": None}
+                cut = self._run.usage().completion_tokens >= self._max_tokens
+                return {"stop_reason": "max_tokens" if cut else "model_context_window_exceeded", "stop_sequence": None}
             case "tool_calls":
                 return {"stop_reason": "tool_use", "stop_sequence": None}
             case _ if isinstance(matched, str) and matched in self._stop_sequences:

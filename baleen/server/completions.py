@@ -114,8 +114,7 @@ class _Answer:
     def _events(self, piece: Piece) -> bytes:
         waiting = self._waiting[piece.index]
         waiting.append(piece)
-        to_echo = self._body.echo and piece.index not in self._echoes
-        if not piece.text and piece.finish_reason is None and not to_echo:
+        if not piece.text and piece.finish_reason is None:
             return b""
         usage = self._usage() if self._body.continuous_usage else None if self._body.include_usage else UNSET
         chunk = answers.Completion(self._id, self._created, self._model, [self._choice(waiting)], usage)

@@ -234,7 +234,8 @@ def _failure(choice: Choice, output: TokenOutput) -> ApiError | None:
         if field == "rid":
             return bad_request(field, problem, "duplicate_request_id")
         if choice.constraint is not None:
-            return bad_request(choice.constraint, output.message, "invalid_grammar")
+            kind = choice.constraint.rpartition(".")[2]  # the message may begin with it
+            return bad_request(choice.constraint, output.message.removeprefix(f"{kind}: "), "invalid_grammar")
     if output.finish_reason == "error" or aborted:
         return ApiError(output.status, output.message or "the engine failed", code=_CODES.get(output.status))
     return None

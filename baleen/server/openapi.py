@@ -119,7 +119,7 @@ _MESSAGE: Schema = _object(
     role={"const": "assistant"},
     model={"type": "string"},
     content=_list({"type": "object", "required": ["type"]}),
-    stop_reason={"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]},
+    stop_reason={"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]},
     usage=_object(input_tokens={"type": "integer"}, output_tokens={"type": "integer"}),
 )
 _TOKENS: Schema = _object(
@@ -184,7 +184,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("/v1/responses", "POST"): Operation(
         summary="OpenAI's responses", body=ResponsesRequest, answer=_RESPONSE, streams=True, errors=_ENGINE
     ),
-    ("/v1/responses/{response_id}", "GET"): Operation(summary="A stored response", answer=_RESPONSE, errors=(404,)),
+    ("/v1/responses/{response_id}", "GET"): Operation(summary="A stored response", answer=_RESPONSE, errors=(400, 404)),
     ("/v1/responses/{response_id}", "DELETE"): Operation(
         summary="Forget a stored response",
         answer=_object("id", "object", deleted={"type": "boolean"}),

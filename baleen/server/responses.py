@@ -37,20 +37,21 @@ async def create_response(request: Request) -> Response:
     response_id = f"resp_{uuid.uuid4().hex}"
     with errors_about(CHAT_FIELDS | turns.field_names() | toolbox.field_names):
         run = await start_chat(request, body.chat_request(turns, toolbox, response_id), arrived=arrived)
-    answer = _Answer(_echo(service, body, toolbox, response_id, run.created), run, Output(run, body, toolbox, service))
+        echo = _echo(service, body, toolbox, response_id, run.created)
+        answer = _Answer(echo, run, Output(run, body, toolbox, service))
 
-    def keep(body: bytes) -> None:
-        """Store the answer, and the conversation with it: both together are what its successor starts from."""
-        read_input(answer.items, kept, store.item)
-        num_bytes = len(raw) + len(body) + (before.num_bytes if before is not None else 0)
-        store.put(response_id, StoredResponse(body, kept.messages, answer.items, num_bytes))
+        def keep(data: bytes) -> None:
+            """Store the answer, and the conversation with it: both together are what its successor starts from."""
+            read_input(answer.items, kept, store.item)
+            num_bytes = len(raw) + len(data) + (before.num_bytes if before is not None else 0)
+            store.put(response_id, StoredResponse(data, kept.messages, answer.items, num_bytes))
 
-    if body.store is not False and store.enabled:
-        answer.when_done = keep
-    if body.stream:
-        events = answer.events(await run.first(request))
-        return EventStream(events, run.generation, failed=answer.failed, done=b"")
-    return Response(answer.whole(await run.all(request)), media_type="application/json")
+        if body.store is not False and store.enabled:
+            answer.when_done = keep
+        if body.stream:
+            events = answer.events(await run.first(request))
+            return EventStream(events, run.generation, failed=answer.failed, done=b"")
+        return Response(answer.whole(await run.all(request)), media_type="application/json")
 
 
 async def get_response(request: Request) -> Response:

@@ -14,7 +14,7 @@ import pytest
 from anthropic.types import Message, RawMessageStreamEvent
 
 from baleen.messages import GenerateRequest, unpack_ids
-from baleen.server.conftest import Script, Server, running_server, wait_until
+from baleen.server.conftest import CONTEXT, Script, Server, running_server, wait_until
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 D = "｜DSML｜"
@@ -186,6 +186,21 @@ def test_sampling_fields_reach_the_engine(server: Server) -> None:
     assert (sampling.stop, sampling.max_new_tokens) == (("z",), 9)
     create(server, max_tokens=9, extra_body={"top_k": 0})
     assert script.requests[1].sampling.top_k == -1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_may_go_to_the_end_of_the_context(server: Server, stream: bool) -> None:
+    """Agents ask for more tokens than there is room for."""
+    script = server.play("abcdef" * 100, per_step=50)
+    body = {"max_tokens": 100_000}
+    if stream:
+        stop_reason = events_of(server, body)[-2]["delta"]["stop_reason"]
+    else:
+        stop_reason = create(server, **body).stop_reason
+    assert stop_reason == "model_context_window_exceeded"
+    (request,) = script.requests
+    assert request.sampling.max_new_tokens == CONTEXT - len(unpack_ids(request.input_ids))
+    assert create(server, max_tokens=50).stop_reason == "max_tokens"
 
 
 def test_what_claude_code_sends_is_accepted(agent: Server) -> None:
@@ -373,7 +388,6 @@ def test_structured_output(agent: Server, place: str) -> None:
     [
         ({"max_tokens": ...}, "max_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 100_000}, "max_tokens"),
         ({"model": ...}, "model"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
@@ -406,7 +420,7 @@ def test_structured_output(agent: Server, place: str) -> None:
         ({"container": "c"}, "container"),
         ({"speed": "fast"}, "speed"),
         ({"min_p": 0.1}, "min_p"),
-        ({"messages": [{"role": "user", "content": "long " * 10_000}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "long " * 10_000}]}, "prompt is too long: messages"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_by_name(agent: Server, body: dict[str, Any], field: str) -> None:
@@ -432,7 +446,7 @@ def test_count_tokens(agent: Server) -> None:
 
 def test_an_unknown_model_is_refused_with_the_way_out(server: Server) -> None:
     with pytest.raises(anthropic.NotFoundError, match=r"'tiny-whale' \(--served-model-name\)") as caught:
-        create(server, model="claude-sonnet-4-5")
+        create(server, model="claude-x")
     assert caught.value.body["error"]["type"] == "not_found_error"
 
 
@@ -448,6 +462,12 @@ def test_engine_errors_before_and_during_the_answer(server: Server) -> None:
     assert "".join(event["delta"]["text"] for event in events[2:-1]) == "abc"
     with pytest.raises(anthropic.APIStatusError, match="NaN"):
         list(create(server, max_tokens=50, stream=True))
+
+
+def test_what_the_grammar_library_cannot_do_is_refused_by_name(agent: Server) -> None:
+    agent.play(fail_after=0, refusal="no such schema")
+    asked_for = {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}}
+    assert refusal(agent, asked_for) == "output_config.format: no such schema"
 
 
 @pytest.mark.parametrize("stream", [False, True])

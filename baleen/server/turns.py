@@ -50,9 +50,8 @@ class Turns:
         self._join("user", text, origin)
 
     def remark(self, text: str, origin: str) -> None:
-        """A user text that came together with tool results, or without any."""
-        after_result = bool(self.messages) and self.messages[-1]["role"] == "tool"
-        self._join("tool" if after_result else "user", text, origin)
+        """A user text that came together with the tool results before it."""
+        self._join("tool", text, origin)
 
     def think(self, text: str, origin: str) -> None:
         """Reasoning of the assistant."""
