@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from baleen import __version__, flags
-from baleen.checkpoint_lookup import NoModel
 from baleen.config import SECTIONS, ConfigError
 
 USAGE = """usage: baleen COMMAND [--help]
@@ -59,10 +58,7 @@ def _complain(line: str) -> None:
 
 def serve(argv: list[str], environ: Mapping[str, str]) -> int:
     """Resolve, explain, serve. 2 if anything that was asked for cannot be done."""
-    try:
-        resolution = flags.resolve(argv, environ)
-    except NoModel as missing:
-        resolution = flags.resolve([*_default_model(missing.folder), *argv], environ)
+    resolution = flags.resolve(argv, environ)
     if resolution.dry_run:
         print(describe(resolution))
         return 2 if resolution.refusals else 0
@@ -80,18 +76,6 @@ def serve(argv: list[str], environ: Mapping[str, str]) -> int:
     from baleen import launch
 
     return launch.serve(resolution.config)
-
-
-def _default_model(folder: Path) -> list[str]:
-    """The flags of the model served when none is named; it is built at first need."""
-    print(
-        f"baleen: no --model: serving a small model with random weights, whose answers are noise ({folder})",
-        file=sys.stderr,
-    )
-    from baleen import launch
-
-    launch.build_random_checkpoint(folder)
-    return ["--model", str(folder), "--served-model-name", "baleen-random"]
 
 
 def describe(resolution: flags.Resolution) -> str:

@@ -13,13 +13,8 @@ from typing import Any
 
 from baleen.config import ConfigError
 
-
-class NoModel(ConfigError):
-    """No model was named. `folder` is where the default one lies or is to be built."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__("--model", "missing", "give a checkpoint folder, or a hub name in the local cache")
-        self.folder = folder
+BUNDLED = Path(__file__).parent / "tiny"  # the trained model that comes with the package
+BUNDLED_NAME = "baleen-tiny"
 
 
 class NotInCache(ConfigError):
@@ -47,22 +42,13 @@ def find(name: str, revision: str, environ: Mapping[str, str], flag: str = "--mo
     return snapshot
 
 
-def default_folder(environ: Mapping[str, str]) -> Path:
-    """Where the model lies that is served when none is named."""
-    return _user_cache(environ) / "baleen" / "random-small"
-
-
 def _hub_cache(environ: Mapping[str, str]) -> Path:
     if environ.get("HF_HUB_CACHE"):
         return Path(environ["HF_HUB_CACHE"]).expanduser()
     if environ.get("HF_HOME"):
         return Path(environ["HF_HOME"]).expanduser() / "hub"
-    return _user_cache(environ) / "huggingface" / "hub"
-
-
-def _user_cache(environ: Mapping[str, str]) -> Path:
     base = environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache").expanduser()
+    return (Path(base) if base else Path.home() / ".cache").expanduser() / "huggingface" / "hub"
 
 
 def read_config(folder: Path) -> dict[str, Any]:

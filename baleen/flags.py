@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from baleen import memory_plan
-from baleen.checkpoint_lookup import NoModel, NotInCache, default_folder, find, read_config
+from baleen.checkpoint_lookup import BUNDLED, BUNDLED_NAME, NotInCache, find, read_config
 from baleen.checkpoint_variant import choose_chat
 from baleen.config import AUTO, PAGE_SIZE, PUBLISHED, SECTIONS, Config, ConfigError, ModelConfig
 from baleen.hardware import Hardware
@@ -318,10 +318,12 @@ def _refuse_unbuilt(r: _Resolver) -> None:
 def _find_model(r: _Resolver, environ: Mapping[str, str], dry_run: bool) -> tuple[str, ModelConfig]:
     """The checkpoint's folder and its config.json with the overrides; the published numbers if it is not here."""
     if "load.model_path" not in r.given:
-        raise NoModel(default_folder(environ))
+        r.choose("load.model_path", str(BUNDLED), "no --model: the small trained model that comes with baleen")
+        r.choose("server.served_model_name", BUNDLED_NAME, "the bundled model")
     name = r["load.model_path"]
     try:
-        path = find(name, r["load.revision"], environ, r.given["load.model_path"].spelling)
+        spelling = r.given["load.model_path"].spelling if "load.model_path" in r.given else "--model"
+        path = find(name, r["load.revision"], environ, spelling)
         folder, raw = str(path), read_config(path)
     except NotInCache as error:
         if name not in PUBLISHED:

@@ -79,22 +79,6 @@ def _address(folder: Path) -> str:
     return f"ipc://{folder}/engine"
 
 
-def build_random_checkpoint(folder: Path) -> None:
-    """Make `folder` hold the small random checkpoint; in a process of its own, because it needs torch.
-
-    Raises ConfigError.
-    """
-    process = _start(_build_main, folder)
-    try:
-        process.join()
-    finally:
-        process.kill()
-    if process.exitcode:
-        raise ConfigError(
-            "--model", f"the random checkpoint in {folder} could not be built", "give a checkpoint folder"
-        )
-
-
 def _start(target: Callable[..., None], *arguments: object) -> BaseProcess:
     """Start a process that leaves Ctrl-C and SIGTERM, which may go to both, to this one from its first moment on."""
     process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
@@ -118,16 +102,6 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _build_main(folder: Path) -> None:
-    _end_with_parent()
-    from baleen.model import random_checkpoint
-
-    try:
-        random_checkpoint.build_random_checkpoint(folder)
-    except OSError as error:
-        sys.exit(f"baleen: error: {error}")
 
 
 def _engine_main(config: Config, address: str) -> None:

@@ -320,6 +320,7 @@ def test_every_setting_is_used_or_says_otherwise(checkpoint: str) -> None:
         "--json-model-override-args": '{"eos_token_id": 2}',
         "--revision": "v2",
         "--tokenizer-path": checkpoint + "/..",
+        "--tokenizer-worker-num": "3",
     }
     for key, setting in flags._settings().items():
         meta, kind = setting.metadata, flags._kind(key)
@@ -417,9 +418,13 @@ def test_fp8_layouts_need_their_block_sizes(tmp_path: Path) -> None:
 # ---- where the model is
 
 
-def test_model_is_required() -> None:
-    with pytest.raises(ConfigError, match=r"^--model: missing"):
-        flags.resolve([], {}, MACHINE)
+def test_the_bundled_model_is_the_default() -> None:
+    resolution = flags.resolve([], {}, MACHINE)
+    assert (Path(resolution.config.model_path) / "model.safetensors.index.json").is_file()
+    assert resolution.config.server.served_model_name == "baleen-tiny"
+    assert "no --model" in resolution.reasons["load.model_path"]
+    named = flags.resolve(["--served-model-name", "mine"], {}, MACHINE)
+    assert named.config.server.served_model_name == "mine"
 
 
 @pytest.mark.parametrize("variables", [{"HF_HUB_CACHE": "hub"}, {"HF_HOME": "."}, {"XDG_CACHE_HOME": "../cache"}])

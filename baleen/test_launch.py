@@ -51,15 +51,6 @@ def test_a_child_ends_with_its_parent_and_leaves_ctrl_c_to_it(tmp_path: Path) ->
         time.sleep(0.02)
 
 
-def test_a_checkpoint_that_cannot_be_built(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The reason in one line, then the flag."""
-    (tmp_path / "notes").write_text("mine")
-    with pytest.raises(ConfigError, match=r"^--model: the random checkpoint"):
-        launch.build_random_checkpoint(tmp_path)
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"baleen: error: {tmp_path} is not a random checkpoint")
-
-
 def test_the_flag_to_blame() -> None:
     blames_port = pytest.raises(ConfigError, match=r"^--port: cannot listen on 127\.0\.0\.1:")
     with socket.create_server(("127.0.0.1", 0)) as taken, blames_port:

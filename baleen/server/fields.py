@@ -222,6 +222,8 @@ def read_sampling_defaults(folder: str) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         values = {name: raw[name] for name in names if raw.get(name) is not None}
+        if raw.get("do_sample") is False:
+            values.setdefault("temperature", 0.0)
         if values.get("top_k") == 0:
             del values["top_k"]  # transformers' way to say all tokens
         parse_part(SamplingFields, values, "")
