@@ -1,153 +1,247 @@
-"""Greedy answers of the training model to held-out problems, many at once, in plain PyTorch."""
+"""Held-out problems on a checkpoint folder, in plain PyTorch.
+
+    python -m recipes.tiny.evaluate FOLDER --out FILE.json [--fp8] [--items 200] [--modes sparse dense ...]
+
+sparse   the indexer's top-k          dense    all tokens
+random   any top-k tokens instead     swapped  the indexer with the rope layout of the main attention
+"""
 
 from __future__ import annotations
 
+import argparse
+import functools
+import json
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from recipes.tiny import data
-from recipes.tiny.model import Layer, TinyModel, packed
+from recipes.tiny.attention import rope_half, rope_interleaved
+from recipes.tiny.data.needle import needle_at
+from recipes.tiny.documents import packed
+from recipes.tiny.export import load, read_config
+from recipes.tiny.generate import generate
+from recipes.tiny.model import Layer, TinyModel
+from recipes.tiny.tokenizer import load as load_tokenizer
 
-EOS_ID, PAD_ID = 1, 2
-NEEDLE_LENGTHS = (1000, 2000, 4000, 8000, 15500)
+LENGTHS = (1000, 2000, 4000, 8000, 15500)
+DEPTHS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 MAX_NEW = {
-    "arithmetic": 400,
-    "word": 480,
-    "dates": 256,
-    "copy": 320,
-    "chat": 80,
-    "json": 240,
-    "tools": 320,
-    "needle": 192,
-}
+    "arithmetic": 400, "word": 480, "dates": 256, "copy": 320, "chat": 80, "json": 240, "tools": 320, "needle": 192,
+}  # fmt: skip
+EOS_ID = 1
+MODES = ("sparse", "dense", "random", "swapped")
 
 
-class Cache:
-    """Keys, values and index keys of one layer for B rows of at most L tokens."""
+def set_mode(model: TinyModel, mode: str) -> str:
+    """Prepare an ablation; returns the attention that runs."""
+    for module in model.modules():
+        if isinstance(module, Layer):
+            module.self_attn.random = mode == "random"
+            module.self_attn.indexer.rope = rope_interleaved if mode == "swapped" else rope_half
+    return "dense" if mode == "dense" else "sparse"
 
-    def __init__(self, model: TinyModel, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
-        config = model.config
-        heads = config["num_attention_heads"]
-        qk, value = config["qk_nope_head_dim"] + config["qk_rope_head_dim"], config["v_head_dim"]
-        self.k = torch.zeros(rows, heads, length, qk, device=device, dtype=dtype)
-        self.v = torch.zeros(rows, heads, length, value, device=device, dtype=dtype)
-        self.index_k = torch.zeros(rows, length, config["index_head_dim"], device=device, dtype=dtype)
+
+@functools.cache
+def problems(task: str, count: int, length: int, limit: int) -> tuple[list[data.Conversation], list[list[int]]]:
+    """Held-out conversations of a task and their prompts' ids, the same for every mode."""
+    tokenizer = load_tokenizer()
+    rng = random.Random(f"test {task} {length}")
+    found: list[data.Conversation] = []
+    prompts: list[list[int]] = []
+    while len(found) < count:
+        conversation = data.document(rng, task, "test", length)
+        ids = tokenizer.encode(conversation.prompt, add_special_tokens=False).ids
+        data.measured(conversation, len(conversation.prompt), len(ids))
+        if len(ids) + 64 <= limit:
+            found.append(conversation)
+            prompts.append(ids)
+    return found, prompts
+
+
+def accuracy(model: TinyModel, task: str, count: int, length: int, mode: str) -> dict[str, Any]:
+    """Share of right answers with its 95 % interval (Wilson); some wrong ones as examples."""
+    started = time.monotonic()
+    conversations, prompts = problems(task, count, length, model.config["max_position_embeddings"])
+    tokenizer = load_tokenizer()
+    answers = generate(model, prompts, MAX_NEW[task], set_mode(model, mode))
+    texts = [tokenizer.decode(answer, skip_special_tokens=False) for answer in answers]
+    right = [data.score(*pair) for pair in zip(conversations, texts)]
+    wrong = [
+        {"asked": c.prompt[-300:], "got": text[-500:], "wanted": str(c.answer)}
+        for c, text, ok in zip(conversations, texts, right) if not ok
+    ]  # fmt: skip
+    report: dict[str, Any] = {
+        "accuracy": round(sum(right) / count, 4), "interval": interval(sum(right), count), "items": count,
+        "mean_prompt_tokens": round(sum(map(len, prompts)) / count),
+        "seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+    if task == "json":
+        report["valid"] = round(sum(data.is_valid_json(*pair) for pair in zip(conversations, texts)) / count, 4)
+    return {**report, "wrong": wrong[:6]}
+
+
+def interval(right: int, count: int) -> list[float]:
+    """95 % (Wilson)."""
+    z, p = 1.96, right / count
+    middle = (p + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * ((p * (1 - p) + z * z / (4 * count)) / count) ** 0.5 / (1 + z * z / count)
+    return [round(max(0.0, middle - half), 4), round(min(1.0, middle + half), 4)]
+
+
+def depth_grid(model: TinyModel, count: int, mode: str) -> list[list[float]]:
+    """Accuracy of one needle by length and depth, [len(LENGTHS)][len(DEPTHS)]."""
+    tokenizer = load_tokenizer()
+    probe = needle_at(random.Random(0), "test", 4000, 0.5).prompt
+    characters = len(probe) / len(tokenizer.encode(probe).ids)
+    grid = []
+    for length in LENGTHS:
+        rng = random.Random(f"depth {length}")
+        asked = [needle_at(rng, "test", int(length * characters), depth) for depth in DEPTHS for _ in range(count)]
+        prompts = [tokenizer.encode(c.prompt, add_special_tokens=False).ids for c in asked]
+        answers = generate(model, prompts, 64, set_mode(model, mode))
+        right = [data.score(c, tokenizer.decode(a, skip_special_tokens=False)) for c, a in zip(asked, answers)]
+        row = [sum(right[i * count : (i + 1) * count]) / count for i in range(len(DEPTHS))]
+        print(f"{mode} {length} ({min(map(len, prompts))}-{max(map(len, prompts))} tokens): {row}", flush=True)
+        grid.append([round(value, 3) for value in row])
+    return grid
 
 
 @torch.no_grad()
-def generate(model: TinyModel, prompts: list[list[int]], max_new: int, mode: str = "dense") -> list[list[int]]:
-    """Greedy continuations up to eos (not included) or `max_new` tokens."""
+def recall(model: TinyModel, length: int, count: int, mode: str = "sparse") -> dict[str, Any]:
+    """By layer, MTP last: share of the attention mass inside the indexer's top-k and inside the best top-k, at queries
+    anywhere past top-k in held-out look-up texts.
+    """
+    set_mode(model, mode)
+    _, prompts = problems("needle", count, length, model.config["max_position_embeddings"])
     device = model.embed_tokens.weight.device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    length = min(max(map(len, prompts)) + max_new, model.config["max_position_embeddings"])
-    rows = len(prompts)
+    total = torch.zeros(2, len(model.layers) + 1, device=device)
+    for ids in prompts:
+        docs = packed([len(ids)], model.config["index_topk"], device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            out = model(torch.tensor(ids, device=device), docs, mode="sparse", queries=512)
+        total += torch.tensor([[float(r.mass) / r.queries, float(r.oracle) / r.queries] for r in out.reports]).T.to(
+            device
+        )
+    indexer, best = (total / count).tolist()
+    tokens = round(sum(map(len, prompts)) / count)
+    return {
+        "tokens": tokens, "texts": count, "indexer": [round(v, 4) for v in indexer], "best": [round(v, 4) for v in best]
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def mtp_acceptance(model: TinyModel, count: int, drafts: int = 3) -> dict[str, Any]:
+    """Of greedy answers to word problems: how often each of `drafts` chained drafts is the token that the model itself
+    writes, and the tokens a step of speculative decoding yields.
+
+    The MTP layer reads the model's final hidden state (normed) for the first draft and its own normed output for the
+    next ones; its keys of tokens already accepted are those of the true hidden states.
+    """
+    set_mode(model, "dense")  # hardly a text here is longer than top-k
+    _, prompts = problems("word", count, 400, 1024)
+    answers = generate(model, prompts, MAX_NEW["word"], "dense")
+    hits = [0] * drafts
+    places = steps = tokens = 0
+    for prompt, answer in zip(prompts, answers):
+        right = _drafts(model, [*prompt, *answer, EOS_ID], drafts)[:, len(prompt) - 1 :]  # [drafts, P]
+        chain = right.cumprod(0)
+        places += chain.shape[1] - drafts
+        for i in range(drafts):
+            hits[i] += int(chain[i, : chain.shape[1] - drafts].sum())
+        at, accepted = 0, chain.sum(0).tolist()
+        while at < len(accepted):
+            tokens += int(accepted[at]) + 1
+            steps += 1
+            at += int(accepted[at]) + 1
+    return {
+        "first_draft": round(hits[0] / places, 4), "chain": [round(h / places, 4) for h in hits],
+        "tokens_per_step": round(tokens / steps, 4), "problems": count, "places": places,
+    }  # fmt: skip
+
+
+def _drafts(model: TinyModel, ids: list[int], drafts: int) -> Tensor:
+    """[drafts, P] 0 or 1: at each place p, with token p + 1 known, is draft d the true token p + 2 + d? The drafts
+    before it count as right: only the chain's product means anything. 0 past the end.
+    """
+    device = model.embed_tokens.weight.device
+    number = len(ids)
+    tokens = torch.tensor(ids, device=device)
+    docs = packed([number], model.config["index_topk"], device)
+    layer = model.mtp.layer
+    attn = layer.self_attn
+    places = torch.arange(number, device=device)
+    right = torch.zeros(drafts, number - 1, device=device, dtype=torch.int64)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        caches = [Cache(model, rows, length, device, dtype) for _ in model.layers]
-        last = torch.cat([_prefill(model, caches, row, ids, mode, device) for row, ids in enumerate(prompts)])
-        ids = model.lm_head(last).argmax(-1)
-        at = torch.tensor([len(p) for p in prompts], device=device)
-        out = torch.full((rows, max_new), EOS_ID, device=device)
-        done = torch.zeros(rows, dtype=torch.bool, device=device)
-        for step in range(max_new):
-            out[:, step] = torch.where(done, EOS_ID, ids)
-            done |= (ids == EOS_ID) | (at >= length - 1)
-            if step % 16 == 15 and bool(done.all()):
-                break
-            ids = _decode(model, caches, ids, at.clamp(max=length - 1), mode)
-            at = at + 1
-    texts = []
-    for row in out.tolist():
-        texts.append(row[: row.index(EOS_ID)] if EOS_ID in row else row)
-    return texts
+        state = model(tokens, docs, mtp=False).hidden
+        known: tuple[Tensor, Tensor] | None = None  # the layer's keys and values of true states
+        own: list[tuple[Tensor, Tensor]] = []  # those of the drafts
+        for d in range(drafts):
+            following = model.embed_tokens(tokens[(places + 1 + d).clamp(max=number - 1)])
+            x = model.mtp.join(state, following).float()
+            at = (places + d).clamp(max=len(model.cos) - 1)
+            q, k, v, _, _ = Layer.before(layer, x, model.cos[at], model.sin[at])
+            if known is None:
+                known = (k, v)
+            else:
+                own.append((k, v))
+            logits = torch.einsum("qhd,khd->hqk", q.float(), known[0].float()) * attn.scale
+            logits = logits.masked_fill(places > places[:, None], float("-inf"))
+            extra = [(q.float() * key.float()).sum(-1).T * attn.scale for key, _ in own]  # [H, P] each
+            weights = torch.cat([logits, *(e[..., None] for e in extra)], -1).softmax(-1)
+            attended = torch.einsum("hqk,khd->qhd", weights[..., :number], known[1].float())
+            for i, (_, value) in enumerate(own):
+                attended = attended + weights[..., number + i].T[..., None] * value.float()
+            x, _ = Layer.after(layer, x, attended.to(v.dtype))
+            state = model.mtp.norm(x)
+            guess = model.lm_head(state).argmax(-1)
+            end = number - 2 - d
+            right[d, :end] = (guess[:end] == tokens[2 + d :]).long()
+    return right
 
 
-def _prefill(
-    model: TinyModel, caches: list[Cache], row: int, ids: list[int], mode: str, device: torch.device
-) -> Tensor:
-    """One prompt; returns its last hidden state [1, hidden]."""
-    n = len(ids)
-    docs = packed([n], device)
-    cos, sin = model.cos[:n], model.sin[:n]
-    x = model.embed_tokens(torch.tensor(ids, device=device)).float()
-    for layer, cache in zip(model.layers, caches):
-        q, k, v, q_latent, normed = Layer.before(layer, x, cos, sin)
-        cache.k[row, :, :n], cache.v[row, :, :n] = k.transpose(0, 1), v.transpose(0, 1)
-        attn = layer.self_attn
-        if mode == "sparse":
-            index = Layer.index(layer, q_latent, normed, cos, sin)
-            cache.index_k[row, :n] = index[2]
-            attended = attn.sparse(q, k, v, index, docs)
-        else:
-            attended = attn.dense(q, k, v, docs)
-        x, _ = Layer.after(layer, x, attended)
-    return model.norm(x[-1:])
-
-
-def _decode(model: TinyModel, caches: list[Cache], ids: Tensor, at: Tensor, mode: str) -> Tensor:
-    """One token of each row at position `at`; returns the next ones."""
-    cos, sin = model.cos[at], model.sin[at]
-    rows = torch.arange(len(ids), device=ids.device)
-    x = model.embed_tokens(ids).float()
-    length = caches[0].k.shape[2]
-    visible = torch.arange(length, device=ids.device) <= at[:, None]
-    for layer, cache in zip(model.layers, caches):
-        q, k, v, q_latent, normed = Layer.before(layer, x, cos, sin)
-        cache.k[rows, :, at], cache.v[rows, :, at] = k.to(cache.k.dtype), v.to(cache.v.dtype)
-        attn = layer.self_attn
-        mask = visible
-        if mode == "sparse":
-            index_q, gates, index_k = Layer.index(layer, q_latent, normed, cos, sin)
-            cache.index_k[rows, at] = index_k.to(cache.index_k.dtype)
-            products = F.relu(torch.matmul(index_q.to(cache.index_k.dtype), cache.index_k.transpose(1, 2)))
-            scores = torch.matmul(gates.to(products.dtype)[:, None], products)[:, 0].float()
-            chosen = scores.masked_fill(~visible, float("-inf")).topk(min(attn.topk, length), -1).indices
-            mask = torch.zeros_like(visible).scatter_(1, chosen, True) & visible
-        logits = torch.matmul(cache.k, q.to(cache.k.dtype)[..., None])[..., 0].float() * attn.scale
-        weights = logits.masked_fill(~mask[:, None], float("-inf")).softmax(-1).to(cache.v.dtype)
-        x, _ = Layer.after(layer, x, torch.matmul(weights[:, :, None], cache.v)[:, :, 0])
-    return model.lm_head(model.norm(x)).argmax(-1)
-
-
-def evaluate(model: TinyModel, items: int, mode: str, *, lengths: tuple[int, ...] = NEEDLE_LENGTHS) -> dict[str, Any]:
-    """Accuracy of each task, and of look-up by length, on held-out problems; some wrong answers as examples."""
-    from recipes.tiny.tokenizer import load
-
-    tokenizer = load()
-    runs = [(task, task, 400) for task in data.TASKS if task != "needle"]
-    runs += [(f"needle {length}", "needle", length) for length in lengths]
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("folder", type=Path)
+    add("--out", type=Path, required=True)
+    add("--fp8", action="store_true", help="round the inputs of FP8 linears, as the engine does")
+    add("--items", type=int, default=200, help="problems of each task and length")
+    add("--modes", nargs="*", choices=MODES, default=["sparse"], help="all tasks in sparse and dense, else only needle")
+    add("--tasks", nargs="*", choices=data.TASKS, default=list(data.TASKS))
+    add("--depth-items", type=int, default=0, help="needles of each length and depth")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = TinyModel(read_config(args.folder))
+    load(model, args.folder)
+    model.to(device).requires_grad_(False)
+    model.set_fp8(args.fp8, weights=False)
     report: dict[str, Any] = {}
-    for name, task, length in runs:
-        started = time.monotonic()
-        rng = random.Random(f"test {name}")
-        count = items if length < 4000 else max(1, items // 3)
-        problems, prompts = [], []
-        while len(problems) < count:
-            conversation = data.document(rng, task, "test", length)
-            ids = tokenizer.encode(conversation.prompt, add_special_tokens=False).ids
-            data.measured(conversation, len(conversation.prompt), len(ids))
-            if len(ids) + 64 > model.config["max_position_embeddings"]:
+    for mode in args.modes:
+        for task in args.tasks:
+            if task != "needle" and mode in ("random", "swapped"):
                 continue
-            problems.append(conversation)
-            prompts.append(ids)
-        answers = generate(model, prompts, MAX_NEW[task], mode)
-        right, wrong = 0, []
-        for conversation, answer in zip(problems, answers):
-            text = tokenizer.decode(answer, skip_special_tokens=False)
-            if data.score(conversation, text):
-                right += 1
-            elif len(wrong) < 4:
-                wrong.append(
-                    {"asked": conversation.prompt[-300:], "got": text[:600], "wanted": str(conversation.answer)}
-                )
-        report[name] = {
-            "accuracy": round(right / count, 4), "items": count, "mode": mode,
-            "mean_prompt_tokens": round(sum(map(len, prompts)) / count),
-            "seconds": round(time.monotonic() - started, 1), "wrong": wrong,
-        }  # fmt: skip
-        print(f"{name}: {right}/{count} ({report[name]['seconds']} s)", flush=True)
-    return report
+            for length in LENGTHS if task == "needle" else (400,):
+                name = f"needle {length}" if task == "needle" else task
+                result = accuracy(model, task, args.items, length, mode)
+                report.setdefault(mode, {})[name] = result
+                print(mode, name, {k: v for k, v in result.items() if k != "wrong"}, flush=True)
+        if mode == "sparse":
+            report["recall"] = [recall(model, length, 8) for length in (8000, 15500)]
+            report["mtp"] = mtp_acceptance(model, min(args.items, 100))
+            print(json.dumps({"recall": report["recall"], "mtp": report["mtp"]}), flush=True)
+        elif mode == "swapped":
+            report["recall swapped"] = [recall(model, length, 8, mode) for length in (8000, 15500)]
+            print(report["recall swapped"], flush=True)
+        if args.depth_items and mode != "dense":
+            grid = depth_grid(model, args.depth_items, mode)
+            report.setdefault("depth", {"lengths": LENGTHS, "depths": DEPTHS})[mode] = grid
+        args.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baleen.model.quant import convert_to_fp8
+from baleen.model.quant import convert_to_fp8, dequantize_rows, find_scale
 from baleen.model.shards import DTYPES, ShardReader, ShardWriter, TensorSpec, open_checkpoint
 from recipes.tiny.model import TinyModel
 
@@ -94,20 +94,26 @@ def save(
 
 @torch.no_grad()
 def load(model: TinyModel, folder: Path) -> None:
-    """Fill the model from a folder written by `save`. Raises KeyError for a tensor that is missing."""
+    """Fill the model from a folder written by `save` or `export_fp8`. Raises KeyError for a tensor that is missing."""
     checkpoint = open_checkpoint(folder)
     with ShardReader() as reader:
         for name, value in named_weights(model):
             if name in checkpoint:
-                value.copy_(reader.read(checkpoint[name]).to(value.device))
+                stored = reader.read(checkpoint[name])
+                scale = find_scale(checkpoint[name], checkpoint)
+                if scale is not None:
+                    stored = dequantize_rows(stored, reader.read(scale), 0)
+                value.copy_(stored.to(value.device))
             elif not name.endswith((f"{len(model.layers)}.embed_tokens.weight", "shared_head.head.weight")):
                 raise KeyError(name)
 
 
 def export_fp8(model: TinyModel, folder: Path) -> None:
-    """The official FP8 form with tokenizer, as it ships. Raises FileExistsError."""
+    """The official FP8 form with tokenizer, as it ships, without MTP's copies of embedding and head. Raises
+    FileExistsError.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        save(model, Path(scratch) / "plain")
+        save(model, Path(scratch) / "plain", copies=False)
         convert_to_fp8(Path(scratch) / "plain", folder, shard_bytes=SHARD_BYTES)
 
 

@@ -1,4 +1,4 @@
-"""The network for training: DeepSeek-V3.2 in plain PyTorch over packed documents, with checkpoint tensor names.
+"""The network for training: DeepSeek-V3.2 in plain PyTorch over packed documents.
 
 A batch is one row of T tokens, documents end to end; attention stays inside a document. Everything between the
 attention calls has a fixed shape and compiles. All experts are computed for all tokens and weighted by the router
@@ -8,15 +8,16 @@ attention calls has a fixed shape and compiles. All experts are computed for all
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from baleen.kernels.rope import yarn_table
+from recipes.tiny.attention import Attention, Report
+from recipes.tiny.documents import Documents
+from recipes.tiny.layers import Linear, RMSNorm, fake_fp8
 
 TINY: dict[str, Any] = {
     "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "vocab_size": 4096,
@@ -41,261 +42,6 @@ MICRO: dict[str, Any] = {
     "index_n_heads": 16, "index_head_dim": 64, "index_topk": 64, "intermediate_size": 128, "moe_intermediate_size": 32,
 }  # fmt: skip
 CONFIGS = {"tiny": TINY, "micro": MICRO}
-FP8_LINEARS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass
-class Documents:
-    """Where the documents of a packed row lie.
-
-    positions   [T] int64, position in the document
-    cu_seqlens  [D + 1] int32, starts of the documents and the end; may repeat the end
-    max_len     no document is longer
-    spans       host (start, end) of each document
-    """
-
-    positions: Tensor
-    cu_seqlens: Tensor
-    max_len: int
-    spans: list[tuple[int, int]]
-
-
-@dataclass
-class IndexerReport:
-    """Of one layer, summed over sampled queries that see more than top-k tokens, and their number: the indexer's KL,
-    and the attention mass inside its top-k.
-    """
-
-    kl: Tensor
-    mass: Tensor
-    queries: int
-
-
-def fake_fp8(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """x rounded to e4m3 with power-of-two scales over blocks of 128 in the last `len(dims)` dims; gradient 1."""
-    with torch.no_grad():
-        shape = x.shape
-        padded = F.pad(x.float(), [p for d in reversed(shape[-len(dims) :]) for p in (0, -d % 128)])
-        blocks = padded.unflatten(-1, (-1, 128))
-        if len(dims) == 2:
-            blocks = blocks.unflatten(-3, (-1, 128))
-            amax = blocks.abs().amax((-1, -3), keepdim=True)
-        else:
-            amax = blocks.abs().amax(-1, keepdim=True)
-        scale = torch.exp2(torch.ceil(torch.log2(amax.clamp(min=1e-4) / 448.0)))
-        rounded = (blocks / scale).to(torch.float8_e4m3fn).float() * scale
-        if len(dims) == 2:
-            rounded = rounded.flatten(-4, -3)
-        rounded = rounded.flatten(-2)
-        rounded = rounded[(..., *(slice(d) for d in shape[-len(dims) :]))].to(x.dtype)
-    return x + (rounded - x).detach()
-
-
-class Linear(nn.Linear):
-    """Without bias. With `fp8` set, weight and input are rounded as the FP8 checkpoint's will be (straight-through)."""
-
-    fp8 = False
-    fp8_input = True
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.fp8:
-            return F.linear(x, self.weight)
-        return F.linear(fake_fp8(x, (-1,)) if self.fp8_input else x, fake_fp8(self.weight, (-2, -1)))
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
-
-
-def rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, (H,) D], pairs (2i, 2i+1); cos, sin [T, D/2]."""
-    if x.dim() == 3:
-        cos, sin = cos[:, None], sin[:, None]
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
-
-
-def rope_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, (H,) D], pairs (i, i + D/2); cos, sin [T, D/2]."""
-    if x.dim() == 3:
-        cos, sin = cos[:, None], sin[:, None]
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
-
-
-class Indexer(nn.Module):
-    """The lightning indexer. Its inputs are detached by the caller: only its own loss trains it."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        self.heads, self.dim = config["index_n_heads"], config["index_head_dim"]
-        self.rope_dim = config["qk_rope_head_dim"]
-        self.wq_b = Linear(config["q_lora_rank"], self.heads * self.dim)
-        self.wk = Linear(config["hidden_size"], self.dim)
-        self.k_norm = nn.LayerNorm(self.dim, eps=1e-6)
-        self.weights_proj = nn.Linear(config["hidden_size"], self.heads, bias=False)
-
-    def queries(self, q_latent: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[T, q_lora_rank] after its norm -> [T, H, D]."""
-        q = self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim))
-        return torch.cat([rope_half(q[..., : self.rope_dim], cos, sin), q[..., self.rope_dim :]], -1)
-
-    def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[T, hidden] -> [T, D]."""
-        k = self.wk(x)
-        k = F.layer_norm(k.float(), (self.dim,), self.k_norm.weight, self.k_norm.bias, 1e-6).to(k.dtype)
-        return torch.cat([rope_half(k[..., : self.rope_dim], cos, sin), k[..., self.rope_dim :]], -1)
-
-    def gates(self, x: Tensor) -> Tensor:
-        """[T, hidden] -> [T, H] float32."""
-        return self.weights_proj(x).float() * (self.heads**-0.5 * self.dim**-0.5)
-
-
-def index_scores(q: Tensor, gates: Tensor, keys: Tensor) -> Tensor:
-    """q [Q, H, D], gates [Q, H] float32, keys [S, D] -> [Q, S] float32 = sum_h gate * relu(q . k)."""
-    products = F.relu(torch.matmul(q.flatten(0, 1), keys.t())).unflatten(0, q.shape[:2])  # [Q, H, S]
-    return torch.matmul(gates.to(products.dtype)[:, None], products)[:, 0].float()
-
-
-def causal_mask(rows: Tensor, num_keys: int) -> Tensor:
-    """rows [Q] positions -> [Q, num_keys] bool, True where visible."""
-    return torch.arange(num_keys, device=rows.device) <= rows[:, None]
-
-
-class Attention(nn.Module):
-    """MLA in its multi-head form (keys and values expanded from the latent)."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        hidden, self.heads = config["hidden_size"], config["num_attention_heads"]
-        self.nope, self.rope, self.v = (
-            config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"],
-        )  # fmt: skip
-        self.latent, self.topk = config["kv_lora_rank"], config["index_topk"]
-        eps, q_rank = config["rms_norm_eps"], config["q_lora_rank"]
-        self.q_a_proj = Linear(hidden, q_rank)
-        self.q_a_layernorm = RMSNorm(q_rank, eps)
-        self.q_b_proj = Linear(q_rank, self.heads * (self.nope + self.rope))
-        self.kv_a_proj_with_mqa = Linear(hidden, self.latent + self.rope)
-        self.kv_a_layernorm = RMSNorm(self.latent, eps)
-        self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.v))
-        self.kv_b_proj.fp8_input = False
-        self.o_proj = Linear(self.heads * self.v, hidden)
-        self.indexer = Indexer(config)
-        scaling = config["rope_scaling"]
-        amplitude = 1.0
-        if scaling is not None and scaling["factor"] > 1:
-            amplitude = 0.1 * scaling["mscale_all_dim"] * torch.log(torch.tensor(float(scaling["factor"]))).item() + 1
-        self.scale = (self.nope + self.rope) ** -0.5 * amplitude**2
-
-    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [T, hidden] normed -> q, k [T, H, nope + rope], v [T, H, v], q latent [T, q_lora_rank]."""
-        q_latent = self.q_a_layernorm(self.q_a_proj(x))
-        q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, -1))
-        q = torch.cat([q[..., : self.nope], rope_interleaved(q[..., self.nope :], cos, sin)], -1)
-        latent, k_pe = self.kv_a_proj_with_mqa(x).split([self.latent, self.rope], -1)
-        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (self.heads, -1))
-        k_pe = rope_interleaved(k_pe, cos, sin)[:, None].expand(-1, self.heads, -1)
-        k = torch.cat([kv[..., : self.nope], k_pe], -1)
-        return q, k, kv[..., self.nope :], q_latent
-
-    def dense(self, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
-        """Causal attention inside each document, [T, H, v]."""
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            v = F.pad(v, (0, q.shape[-1] - self.v))
-            cu, top = docs.cu_seqlens, docs.max_len
-            out = torch.ops.aten._flash_attention_forward(
-                q.contiguous(), k.contiguous(), v.contiguous(), cu, cu, top, top, 0.0, True, False, scale=self.scale
-            )[0]
-            return out[..., : self.v]
-        out = q.new_zeros(*q.shape[:2], self.v)
-        pieces = []
-        end = 0
-        for start, end in docs.spans:
-            heads = (t[None, start:end].transpose(1, 2) for t in (q, k, v))
-            pieces.append(F.scaled_dot_product_attention(*heads, is_causal=True, scale=self.scale)[0].transpose(0, 1))
-        return torch.cat([*pieces, out[end:]])
-
-    def sparse(self, q: Tensor, k: Tensor, v: Tensor, index: tuple[Tensor, Tensor, Tensor], docs: Documents) -> Tensor:
-        """Attention to the indexer's top-k, [T, H, v]. index: queries, gates, keys, without gradient."""
-        index_q, gates, index_k = (t.detach() for t in index)
-        short = 0  # the documents at the front that the selection leaves whole
-        while short < len(docs.spans) and docs.spans[short][1] - docs.spans[short][0] <= self.topk:
-            short += 1
-        pieces: list[Tensor] = []
-        end = docs.spans[short - 1][1] if short else 0
-        if short:
-            front = Documents(docs.positions[:end], docs.cu_seqlens[: short + 1], self.topk, docs.spans[:short])
-            pieces.append(self.dense(q[:end], k[:end], v[:end], front))
-        for start, end in docs.spans[short:]:
-            heads = [t[None, start:end].transpose(1, 2) for t in (q, k, v)]
-            mask = self.selection(index_q[start:end], gates[start:end], index_k[start:end])
-            bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
-            # cuDNN would plan anew for every length
-            with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-                out = F.scaled_dot_product_attention(*heads, attn_mask=bias[None, None], scale=self.scale)
-            pieces.append(out[0].transpose(0, 1))
-        return torch.cat([*pieces, v.new_zeros(q.shape[0] - end, *v.shape[1:])])
-
-    @torch.no_grad()
-    def selection(self, index_q: Tensor, gates: Tensor, index_k: Tensor) -> Tensor:
-        """One document: the top-k of each of its S queries as a causal mask [S, S]."""
-        length = index_k.shape[0]
-        rows = torch.arange(length, device=index_k.device)
-        mask = torch.zeros(length, length, dtype=torch.bool, device=index_k.device)
-        step = max(1, (256 << 20) // (length * index_q.shape[1]))
-        for first in range(0, length, step):
-            last = min(first + step, length)
-            visible = causal_mask(rows[first:last], last)
-            scores = index_scores(index_q[first:last], gates[first:last], index_k[:last])
-            chosen = scores.masked_fill(~visible, float("-inf")).topk(min(self.topk, last), dim=-1).indices
-            mask[first:last, :last].scatter_(1, chosen, True).logical_and_(visible)
-        return mask
-
-    def indexer_loss(
-        self, q: Tensor, k: Tensor, index: tuple[Tensor, Tensor, Tensor], docs: Documents, per_doc: int, *, sparse: bool
-    ) -> IndexerReport:
-        """KL(attention summed over heads, L1-normalised || softmax of index scores) at sampled queries.
-
-        per_doc  queries sampled of each document that is longer than top-k
-        sparse   restrict both distributions to the selected set, as in the sparse stage
-        """
-        q, k = q.detach(), k.detach()
-        index_q, gates, index_k = index
-        kl, mass = q.new_zeros((), dtype=torch.float32), q.new_zeros((), dtype=torch.float32)
-        queries = 0
-        for start, end in docs.spans:
-            length = end - start
-            first = self.topk
-            if length < first + 16:
-                continue
-            count = min(per_doc, length - first)
-            rows = (torch.rand(count, device=q.device) * (length - first)).long() + first
-            visible = causal_mask(rows, length)
-            logits = torch.einsum("qhd,khd->hqk", q[start + rows], k[start:end]).float() * self.scale
-            target = logits.masked_fill(~visible, float("-inf")).softmax(-1).mean(0)
-            scores = index_scores(index_q[start + rows], gates[start + rows], index_k[start:end])
-            scores = scores.masked_fill(~visible, float("-inf"))
-            chosen = torch.zeros_like(visible).scatter_(1, scores.topk(self.topk, -1).indices, True) & visible
-            mass = mass + (target * chosen).sum()
-            if sparse:
-                scores = scores.masked_fill(~chosen, float("-inf"))
-                target = target * chosen
-                target = target / target.sum(-1, keepdim=True).clamp(min=1e-9)
-            log_q = scores.log_softmax(-1).masked_fill(target <= 0, 0.0)
-            kl = kl + (torch.xlogy(target, target) - target * log_q).sum()
-            queries += count
-        return IndexerReport(kl, mass, queries)
 
 
 class Mlp(nn.Module):
@@ -325,12 +71,14 @@ class MoE(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(self.experts, self.width, hidden))
         self.down_proj = nn.Parameter(torch.empty(self.experts, hidden, self.width))
         self.shared_experts = Mlp(hidden, self.width * config["n_shared_experts"])
-        self.fp8 = False
+        self.fp8, self.fp8_weight = False, True
 
     def route(self, x: Tensor) -> Tensor:
         """[T, hidden] -> [T, E] float32 weights, 0 where not chosen."""
         with torch.autocast(x.device.type, enabled=False):
-            p = torch.sigmoid(F.linear(x.float(), self.gate))
+            # the checkpoint stores it in bfloat16
+            gate = self.gate + (self.gate.bfloat16() - self.gate).detach() if self.fp8 else self.gate
+            p = torch.sigmoid(F.linear(x.float(), gate))
         with torch.no_grad():
             choice = p + self.e_score_correction_bias
             grouped = choice.unflatten(-1, (self.groups, -1))
@@ -349,8 +97,9 @@ class MoE(nn.Module):
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         y = x
         if self.fp8:
-            gate, up, down = (fake_fp8(w, (-2, -1)) for w in (gate, up, down))
             y = fake_fp8(x, (-1,))
+            if self.fp8_weight:
+                gate, up, down = (fake_fp8(w, (-2, -1)) for w in (gate, up, down))
         h = F.silu(F.linear(y, gate.flatten(0, 1))) * F.linear(y, up.flatten(0, 1))
         h = h.unflatten(-1, (self.experts, self.width))
         if self.fp8:
@@ -413,7 +162,7 @@ class Output:
     hidden: Tensor
     mtp_hidden: Tensor | None
     loads: list[Tensor]
-    reports: list[IndexerReport]
+    reports: list[Report]
 
 
 class TinyModel(nn.Module):
@@ -469,49 +218,49 @@ class TinyModel(nn.Module):
                     std *= depth
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
 
-    def set_fp8(self, on: bool) -> None:
+    def set_fp8(self, on: bool, *, weights: bool = True) -> None:
+        """Round as the FP8 checkpoint does; weights: not only the inputs (those of an FP8 checkpoint are round)."""
         for module in self.modules():
             if isinstance(module, Linear | MoE):
-                module.fp8 = on
+                module.fp8, module.fp8_weight = on, weights
 
     def forward(
-        self, ids: Tensor, docs: Documents, *, mtp: bool = True, mode: str = "dense", index_queries: int = 0
-    ) -> Output:
+        self, ids: Tensor, docs: Documents, *, mtp: bool = True, mode: str = "dense", queries: int = 0,
+        indexer: bool = True, spread: bool = False,
+    ) -> Output:  # fmt: skip
         """ids [T] int64 -> hidden states.
 
-        index_queries  queries a document whose indexer loss is computed (0: none)
+        queries          of each long document, at which every layer is looked at (0: none); see `Attention.look`
+        indexer, spread  what the look is for
         """
         cos, sin = self.cos[docs.positions], self.sin[docs.positions]
         embedded = self.embed_tokens(ids)
-        loads: list[Tensor] = []
-        reports: list[IndexerReport] = []
+        out = Output(embedded, None, [], [])
+
+        def run(layer: Any, x: Tensor) -> Tensor:
+            q, k, v, q_latent, normed = self.before(layer, x, cos, sin)
+            attn = layer.self_attn
+            index = None
+            if mode == "sparse" or (queries and indexer):
+                index = self.index(layer, q_latent, normed, cos, sin)
+            if queries:
+                out.reports.append(attn.look(q, k, index if indexer else None, docs, queries, spread=spread))
+            attended = attn.sparse(q, k, v, index, docs) if mode == "sparse" else attn.dense(q, k, v, docs)
+            x, load = self.after(layer, x, attended)
+            if load is not None:
+                out.loads.append(load)
+            return x
+
         x = embedded.float()
         for layer in self.layers:
-            x = self._layer(layer, x, cos, sin, docs, mode, index_queries, loads, reports)
-        hidden = self.norm(x)
-        if not mtp:
-            return Output(hidden, None, loads, reports)
-        following = torch.roll(embedded, -1, 0)  # a document's last token gets a wrong one; nothing is asked there
-        x = self.mtp.join(hidden, following).float()
-        x = self._layer(self.mtp.layer, x, cos, sin, docs, mode, index_queries, loads, reports)
-        return Output(hidden, self.mtp.norm(x), loads, reports)
-
-    def _layer(
-        self, layer: Any, x: Tensor, cos: Tensor, sin: Tensor, docs: Documents, mode: str, index_queries: int,
-        loads: list[Tensor], reports: list[IndexerReport],
-    ) -> Tensor:  # fmt: skip
-        q, k, v, q_latent, normed = self.before(layer, x, cos, sin)
-        attn = layer.self_attn
-        index = None
-        if mode == "sparse" or index_queries:
-            index = self.index(layer, q_latent, normed, cos, sin)
-        if index_queries:
-            reports.append(attn.indexer_loss(q, k, index, docs, index_queries, sparse=mode == "sparse"))
-        attended = attn.sparse(q, k, v, index, docs) if mode == "sparse" else attn.dense(q, k, v, docs)
-        x, load = self.after(layer, x, attended)
-        if load is not None:
-            loads.append(load)
-        return x
+            x = run(layer, x)
+        out.hidden = self.norm(x)
+        if mtp:
+            # a document's last token gets a wrong one to follow; nothing is asked there
+            following = torch.roll(embedded, -1, 0)
+            x = run(self.mtp.layer, self.mtp.join(out.hidden, following).float())
+            out.mtp_hidden = self.mtp.norm(x)
+        return out
 
     def moe_layers(self) -> list[MoE]:
         return [m for m in self.modules() if isinstance(m, MoE)]
@@ -521,14 +270,3 @@ class TinyModel(nn.Module):
         """Raise the bias of experts that took fewer tokens than the mean, lower the others'."""
         for moe, load in zip(self.moe_layers(), loads):
             moe.e_score_correction_bias += speed * torch.sign(load.mean() - load)
-
-
-def packed(lengths: list[int], device: torch.device | str = "cpu") -> Documents:
-    """Documents of the given lengths, end to end."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    spans = list(pairwise(starts))
-    cu = torch.tensor(starts, dtype=torch.int32, device=device)
-    return Documents(positions.to(device), cu, max(lengths), spans)

@@ -13,10 +13,13 @@ from baleen.attention.backend import make_backend
 from baleen.attention.batch import ForwardBatch
 from baleen.config import ModelConfig
 from baleen.model.deepseek_v32 import DeepseekV32ForCausalLM
+from baleen.model.layers import Precision
 from baleen.model.quant import convert_to_fp8
 from baleen.model.weights import load_weights
-from recipes.tiny.export import SHARD_BYTES, load, read_config, save
-from recipes.tiny.model import MICRO, TinyModel, packed
+from recipes.tiny.documents import packed
+from recipes.tiny.export import SHARD_BYTES, export_fp8, load, read_config, save
+from recipes.tiny.layers import Linear, fake_fp8
+from recipes.tiny.model import MICRO, TinyModel
 
 LENGTH = 150  # more than MICRO's top-k of 64
 
@@ -48,12 +51,12 @@ def ids() -> Tensor:
 
 def logits_of(model: TinyModel, ids: Tensor, mode: str) -> Tensor:
     with torch.no_grad():
-        return model.lm_head(model(ids, packed([len(ids)]), mtp=False, mode=mode).hidden)
+        return model.lm_head(model(ids, packed([len(ids)], MICRO["index_topk"]), mtp=False, mode=mode).hidden)
 
 
 def baleen_logits(folder: Path, ids: Tensor) -> Tensor:
     config = ModelConfig.from_json(read_config(folder))
-    model = DeepseekV32ForCausalLM(config, torch.float32, 1024)
+    model = DeepseekV32ForCausalLM(config, Precision(torch.float32), 1024)
     assert load_weights(model, folder, progress=False).optional_loaded
     backend = make_backend(
         config, num_pages=8, kv_cache_dtype="float32", index_cache_dtype="float32", prefill="reference",
@@ -89,7 +92,7 @@ def test_packed_documents_do_not_see_each_other(trained: TinyModel, ids: Tensor)
     for mode in ("dense", "sparse"):
         alone = logits_of(trained, ids[30:], mode)
         with torch.no_grad():
-            hidden = trained(ids, packed([30, LENGTH - 30]), mtp=False, mode=mode).hidden
+            hidden = trained(ids, packed([30, LENGTH - 30], MICRO["index_topk"]), mtp=False, mode=mode).hidden
         torch.testing.assert_close(trained.lm_head(hidden[30:]), alone, atol=1e-4, rtol=1e-4)
 
 
@@ -118,3 +121,16 @@ def test_weights_survive_a_round_trip(trained: TinyModel, exported: Path) -> Non
     load(again, exported)
     state = again.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in trained.state_dict().items())
+
+
+def test_fp8_form_loads_back(trained: TinyModel, tmp_path: Path) -> None:
+    """Training resumes from the shipped files; rounding them again changes nothing."""
+    export_fp8(trained, tmp_path / "fp8")
+    again = TinyModel(MICRO)
+    load(again, tmp_path / "fp8")
+    for name, value in again.state_dict().items():
+        original = trained.state_dict()[name]
+        assert (value - original).norm() < 0.04 * original.norm(), name
+    for module in again.modules():
+        if isinstance(module, Linear):
+            assert torch.equal(fake_fp8(module.weight.data, (-2, -1)), module.weight.data)

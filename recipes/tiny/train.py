@@ -1,10 +1,9 @@
 """Train the bundled model. Stages, in order; each starts from the weights of the one before (`--resume`):
 
-pretrain   dense attention, next-token and MTP loss, indexer untouched
+pretrain   dense attention, next-token and MTP loss, indexer untouched; `--spread` keeps the attention concentrated
 warmup     only the indexer, towards the dense attention
-sparse     attention through the indexer's top-k; the indexer learns on the selected set, detached
+sparse     attention through the indexer's top-k; the indexer goes on learning, detached
 quantize   the FP8 form, and how far its loss is from the plain one's
-evaluate   greedy answers to held-out problems
 
 python -m recipes.tiny.train pretrain --minutes 8 --out OUT [--resume FOLDER]
 """
@@ -30,9 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recipes.tiny import data
-from recipes.tiny.evaluate import evaluate
+from recipes.tiny.documents import Documents, packed
 from recipes.tiny.export import export_fp8, load, save
-from recipes.tiny.model import CONFIGS, Documents, Output, TinyModel
+from recipes.tiny.model import CONFIGS, Output, TinyModel
+from recipes.tiny.optimisers import Optimisers
 
 TASK_IDS = {name: i for i, name in enumerate([*data.TASKS, "long"])}
 SHORT, LONG = 2048, 16384  # no document of a batch of that kind is longer
@@ -118,22 +118,15 @@ def pack(rng: random.Random, tokenizer: Any, size: int, kind: str, split: str = 
     }  # fmt: skip
 
 
-def to_batch(packed: dict[str, np.ndarray], device: torch.device) -> Batch:
-    def move(array: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
+def to_batch(row: dict[str, np.ndarray], topk: int, device: torch.device) -> Batch:
+    def move(array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
         if device.type == "cuda":
             tensor = tensor.pin_memory().to(device, non_blocking=True)
-        return tensor.to(dtype)
+        return tensor.to(torch.int64)
 
-    lengths = packed["lengths"]
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    positions = (np.arange(len(packed["ids"])) - np.repeat(starts, lengths)).astype(np.int32)
-    cu = np.concatenate([[0], ends]).astype(np.int32)
-    docs = Documents(
-        move(positions), move(cu, torch.int32), int(lengths.max()), list(zip(starts.tolist(), ends.tolist()))
-    )
-    return Batch(move(packed["ids"]), docs, move(packed["at"]), move(packed["at2"]), move(packed["task"]))
+    docs = packed(row["lengths"].tolist(), topk, device)
+    return Batch(move(row["ids"]), docs, move(row["at"]), move(row["at2"]), move(row["task"]))
 
 
 def _worker(number: int, seed: int, size: int, kind: str, out: Any) -> None:
@@ -161,7 +154,7 @@ class Loader:
             self.processes.append(process)
         self.ready: dict[str, queue.Queue[Batch]] = {}
 
-    def start(self, device: torch.device) -> None:
+    def start(self, topk: int, device: torch.device) -> None:
         """Begin to move batches to the device, in a thread each."""
         for kind, source in self.queues.items():
             ready: queue.Queue[Batch] = queue.Queue(maxsize=4)
@@ -169,7 +162,7 @@ class Loader:
 
             def feed(source: Any = source, ready: queue.Queue[Batch] = ready) -> None:
                 while True:
-                    ready.put(to_batch(source.get(), device))
+                    ready.put(to_batch(source.get(), topk, device))
 
             threading.Thread(target=feed, daemon=True).start()
 
@@ -179,85 +172,6 @@ class Loader:
     def close(self) -> None:
         for process in self.processes:
             process.kill()
-
-
-# Optimisers
-
-
-class Muon:
-    """Orthogonalised momentum for matrices, all of one shape at once; update size as AdamW's (0.2 rms)."""
-
-    def __init__(self, params: list[Tensor], momentum: float = 0.95, decay: float = 0.1) -> None:
-        self.momentum, self.decay = momentum, decay
-        self.groups: dict[tuple[int, int], list[Tensor]] = {}
-        for p in params:
-            self.groups.setdefault((p.shape[-2], p.shape[-1]), []).append(p)
-        self.buffers = {
-            shape: torch.zeros(sum(p.numel() for p in group) // (shape[0] * shape[1]), *shape, device=group[0].device)
-            for shape, group in self.groups.items()
-        }
-
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        for shape, group in self.groups.items():
-            grad = torch.cat([_grad(p).reshape(-1, *shape) for p in group])
-            buffer = self.buffers[shape]
-            buffer.mul_(self.momentum).add_(grad)
-            update = orthogonal(grad + self.momentum * buffer) * (0.2 * max(shape) ** 0.5)
-            at = 0
-            for p in group:
-                count = p.numel() // (shape[0] * shape[1])
-                p.mul_(1 - lr * self.decay).add_(update[at : at + count].reshape(p.shape).to(p.dtype), alpha=-lr)
-                at += count
-
-
-def _grad(p: Tensor) -> Tensor:
-    return p.grad if p.grad is not None else torch.zeros_like(p)
-
-
-def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
-    """[B, R, C] -> nearly orthogonal matrices of the same row and column spaces (Newton-Schulz, bfloat16)."""
-    x = g.bfloat16()
-    wide = x.shape[-2] <= x.shape[-1]
-    if not wide:
-        x = x.transpose(-2, -1)
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        a = x @ x.transpose(-2, -1)
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x if wide else x.transpose(-2, -1)
-
-
-class Optimisers:
-    """Muon for the matrices inside the network, AdamW for the rest."""
-
-    def __init__(self, model: TinyModel, stage: str, lr: float, matrix_lr: float) -> None:
-        indexer = {"pretrain": (False,), "warmup": (True,), "sparse": (False, True)}[stage]
-        matrices, others = [], []
-        for name, p in model.named_parameters():
-            wanted = (".indexer." in name) in indexer
-            p.requires_grad_(wanted)
-            if not wanted:
-                continue
-            plain = p.dim() < 2 or name.endswith(
-                ("embed_tokens.weight", "lm_head.weight", ".gate", "weights_proj.weight")
-            )
-            (others if plain else matrices).append(p)
-        self.lr, self.matrix_lr = lr, matrix_lr
-        self.muon = Muon(matrices)
-        fused = others[0].is_cuda
-        self.adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
-        self.params = [*matrices, *others]
-
-    def step(self, factor: float) -> None:
-        torch.nn.utils.clip_grad_norm_(self.params, 1.0, foreach=True)
-        self.muon.step(self.matrix_lr * factor)
-        for group in self.adam.param_groups:
-            group["lr"] = self.lr * factor
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-        for p in self.params:
-            p.grad = None
 
 
 # Steps
@@ -282,14 +196,13 @@ class Args:
     decay: float
     mtp_weight: float
     index_queries: int
+    spread: float
     balance: float
     workers: int
     seed: int
     log_every: int
     compile: bool
     fp8: bool
-    eval_items: int
-    eval_mode: str
     keep: Path | None
 
 
@@ -319,9 +232,11 @@ def micro_step(model: TinyModel, batch: Batch, args: Args, weight: float, meter:
     """Forward and backward of one packed row; returns the routers' loads. look: measure MTP's hits too."""
     device = batch.ids.device
     mode = "sparse" if args.stage == "sparse" else "dense"
-    index_queries = 0 if args.stage == "pretrain" else args.index_queries
+    spread = args.spread > 0 and args.stage != "warmup"
+    indexer = args.stage != "pretrain"
+    queries = args.index_queries if indexer or spread else 0
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        out: Output = model(batch.ids, batch.docs, mode=mode, index_queries=index_queries)
+        out: Output = model(batch.ids, batch.docs, mode=mode, queries=queries, indexer=indexer, spread=spread)
         loss = torch.zeros((), device=device)
         if args.stage != "warmup":
             losses, _ = token_losses(model, out.hidden[batch.at], batch.targets)
@@ -338,8 +253,9 @@ def micro_step(model: TinyModel, batch: Batch, args: Args, weight: float, meter:
         reports = [r for r in out.reports if r.queries]
         if reports:
             loss = loss + torch.stack([r.kl / r.queries for r in reports]).mean()
-            mass = torch.stack([torch.stack([r.kl, r.mass]) / r.queries for r in reports]).T
-            meter.add("index", torch.cat([mass.flatten(), torch.ones(1, device=device)]))
+            loss = loss + args.spread * torch.stack([r.spread / r.queries for r in reports]).mean()
+            sums = [torch.stack([r.kl, r.spread, r.mass, r.oracle]) / r.queries for r in reports]
+            meter.add("index", torch.cat([torch.stack(sums, 1).flatten(), torch.ones(1, device=device)]))
     if loss.requires_grad:
         (loss * weight).backward()
     return out.loads
@@ -400,9 +316,11 @@ def _line(
         line["mtp_hit"] = round(sums["mtp_hit"][0] / (args.short + args.long), 4)
     if "index" in sums:
         *values, times = sums["index"]
-        half = len(values) // 2
-        line["kl"] = [round(v / times, 4) for v in values[:half]]
-        line["recall"] = [round(v / times, 4) for v in values[half:]]
+        layers = len(values) // 4
+        for i, name in enumerate(("kl", "spread", "recall", "oracle")):
+            line[name] = [round(v / times, 4) for v in values[i * layers : (i + 1) * layers]]
+        if args.stage == "pretrain":  # no indexer at work
+            del line["kl"], line["recall"]
     if loads:
         line["max_load"] = round(max(float(load.max() / load.mean()) for load in loads), 3)
     return line
@@ -426,17 +344,18 @@ def mean_loss(model: TinyModel, batches: list[Batch], mode: str) -> float:
     return total / count
 
 
-def held_out(args: Args, device: torch.device, count: int) -> Iterator[Batch]:
+def held_out(args: Args, topk: int, device: torch.device, count: int) -> Iterator[Batch]:
     from recipes.tiny.tokenizer import load as load_tokenizer
 
     rng, tokenizer = random.Random(f"held out {args.seed}"), load_tokenizer()
     for i in range(count):
-        yield to_batch(pack(rng, tokenizer, args.tokens, "long" if i % 2 else "short", "test"), device)
+        row = pack(rng, tokenizer, args.tokens, "long" if i % 2 else "short", "test")
+        yield to_batch(row, topk, device)
 
 
 def quantize(args: Args, model: TinyModel, device: torch.device) -> dict[str, float]:
     """Write the FP8 form to --out; returns the loss with it beside the plain one's, selection on."""
-    batches = list(held_out(args, device, 4))
+    batches = list(held_out(args, model.config["index_topk"], device, 8))
     plain = mean_loss(model, batches, "sparse")
     model.set_fp8(True)
     rounded = mean_loss(model, batches, "sparse")
@@ -448,8 +367,8 @@ def quantize(args: Args, model: TinyModel, device: torch.device) -> dict[str, fl
 def parse() -> Args:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("stage", choices=("pretrain", "warmup", "sparse", "quantize", "evaluate"))
-    add("--out", type=Path, required=True, help="weights (bfloat16), log.jsonl, eval.json")
+    add("stage", choices=("pretrain", "warmup", "sparse", "quantize"))
+    add("--out", type=Path, required=True, help="weights (bfloat16), log.jsonl")
     add("--keep", type=Path, help="float32 weights, to resume from without loss")
     add("--resume", type=Path, help="folder with weights")
     add("--config", choices=CONFIGS, default="tiny")
@@ -463,18 +382,15 @@ def parse() -> Args:
     add("--warm-steps", type=int, default=100)
     add("--decay", type=float, default=0.3, help="last share of the time, in which the rate falls to 0.03")
     add("--mtp-weight", type=float, default=0.2)
-    add("--index-queries", type=int, default=128, help="queries of each document in the indexer's loss")
+    add("--index-queries", type=int, default=64, help="queries of each document in the indexer's loss and --spread")
+    add("--spread", type=float, default=0.0, help="weight of the loss on attention mass outside the (best) top-k")
     add("--balance", type=float, default=1e-3, help="step of the routers' bias")
     add("--workers", type=int, default=max(2, (os.cpu_count() or 2) - 2))
     add("--seed", type=int, default=0, help="give each run its own")
     add("--log-every", type=int, default=25)
     add("--no-compile", dest="compile", action="store_false", default=torch.cuda.is_available())
     add("--fp8", action="store_true", help="train with FP8 rounding")
-    add("--eval-items", type=int, default=100, help="held-out problems of each task after training; 0: none")
-    add("--eval-mode", choices=("dense", "sparse"), help="attention of the answers (dense after pretrain and warmup)")
     args = parser.parse_args()
-    if args.eval_mode is None:
-        args.eval_mode = "dense" if args.stage in ("pretrain", "warmup") else "sparse"
     return Args(**vars(args))
 
 
@@ -494,22 +410,14 @@ def main() -> None:
     if args.compile:
         model.compile()
     if loader is not None:
-        loader.start(device)
+        loader.start(model.config["index_topk"], device)
         model.set_fp8(args.fp8)
         train(args, model, loader, device, started)
         loader.close()
-    report: dict[str, Any] = {}
-    model.requires_grad_(False)
     if args.stage == "quantize":
-        report["quantize"] = quantize(args, model, device)
+        report = quantize(args, model, device)
+        (args.out / "quantize.json").write_text(json.dumps(report) + "\n")
         print(json.dumps(report), flush=True)
-        model.set_fp8(True)
-    if args.eval_items:
-        answers = evaluate(model, args.eval_items, args.eval_mode)
-        print(json.dumps({task: r["accuracy"] for task, r in answers.items()}), flush=True)
-        report |= answers
-    if report:
-        (args.out / "eval.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     print(f"done in {time.monotonic() - started:.0f} s", flush=True)
 
 
