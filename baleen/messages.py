@@ -22,7 +22,8 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True):
 
     kind           json_schema: `text` is a JSON schema. regex. ebnf. structural_tag: `text` is xgrammar's JSON.
                    tools: `text` is JSON {"format": "deepseekv32" | "deepseekv31", "tools": [...], "tool_choice":
-                   "auto" | "required" | {"type": "function", "function": {"name"}}, "parallel_tool_calls": bool}
+                   "auto" | "required" | {"type": "function", "function": {"name"}}, "parallel_tool_calls": bool}; with
+                   "auto" also "answer_schema": the text is calls, or JSON of this schema
     starts_after   the output is free up to and including the first token with this id (that of `</think>`);
                    None: the first token of the output must match already
     """
@@ -203,7 +204,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
                            more than there are bounds
     forward_seconds_total  time inside the model's forward; the rest of a busy engine's time is overhead
     num_grammar_queue      requests whose grammar is being compiled; not part of num_waiting
-    num_grammars_compiled_total  and num_grammars_failed_total: grammars, each once for all requests that have it
+    num_grammar_compiled_total  and num_grammar_failed_total: grammars; each counts once
     grammar_compile_seconds_total  time of the compiling threads
     grammar_mask_seconds_total  time of the thread that works out masks, beside the forward
     grammar_wait_seconds_total  what the forward did not hide of it
@@ -230,8 +231,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     queue_counts_total: tuple[int, ...] = (0,) * (len(QUEUE_SECONDS) + 1)
     forward_seconds_total: float = 0.0
     num_grammar_queue: int = 0
-    num_grammars_compiled_total: int = 0
-    num_grammars_failed_total: int = 0
+    num_grammar_compiled_total: int = 0
+    num_grammar_failed_total: int = 0
     grammar_compile_seconds_total: float = 0.0
     grammar_mask_seconds_total: float = 0.0
     grammar_wait_seconds_total: float = 0.0

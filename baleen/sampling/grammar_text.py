@@ -133,8 +133,15 @@ class GrammarReader:
                 asked_for = parameters | (function.get("parameters") or {})
                 parameters = self._checked(asked_for, at, lenient=not function.get("strict"))
             tools.append({"type": "function", "function": {"name": function["name"], "parameters": parameters}})
+        answer = None
+        if "answer_schema" in asked:
+            schema = self._checked(asked["answer_schema"], "/response_format")
+            answer = {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": MAX_WHITESPACE}
         try:
-            tag = tool_call_tag(asked["format"], tools, asked["tool_choice"], parallel=asked["parallel_tool_calls"])
+            choice = asked["tool_choice"] if answer is None else "required"
+            tag = tool_call_tag(asked["format"], tools, choice, parallel=asked["parallel_tool_calls"])
+            if answer is not None:
+                tag["format"] = {"type": "or", "elements": [answer, tag["format"]]}
             return self.compiler(json.dumps(tag, ensure_ascii=False)).compile_structural_tag(json.dumps(tag))
         except Exception as error:
             raise GrammarError(f"tools: {_plain(error)}") from None

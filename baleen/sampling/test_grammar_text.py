@@ -198,6 +198,21 @@ def test_auto_is_text_or_calls_and_ends_with_them(compiled: Compile) -> None:
     assert allowed(matcher) & set(MARKS) == {EOS, DSML}
 
 
+@pytest.mark.parametrize("call_format", ["deepseekv32", "deepseekv31"])
+def test_calls_or_a_json_answer(compiled: Compile, call_format: str) -> None:
+    """response_format beside tools: the model calls, or answers in the schema."""
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    asked = json.loads(tools("auto", call_format=call_format)) | {"answer_schema": schema}
+    grammar = compiled("tools", json.dumps(asked))
+    calls = block(GET_CALL, NOW_CALL) if call_format == "deepseekv32" else block31(("get_weather", '{"city": "Ulm"}'))
+    assert is_text_of(grammar, calls)
+    assert is_text_of(grammar, '{"n": 3}')
+    for wrong in ("", "hello", '{"n": "3"}', '{"n": 3}' + calls, "so" + calls, calls + '{"n": 3}'):
+        assert not is_text_of(grammar, wrong), wrong
+    with pytest.raises(GrammarError, match="/response_format/properties/n"):
+        compiled("tools", json.dumps(asked | {"answer_schema": {"properties": {"n": {"type": "nope"}}}}))
+
+
 def test_deepseekv31(compiled: Compile) -> None:
     good = ("get_weather", '{"city": "Ulm"}')
     grammar = compiled("tools", tools("required", call_format="deepseekv31"))
@@ -283,4 +298,11 @@ def test_without_eos_no_text_could_end() -> None:
 def test_white_space_is_bounded(compiled: Compile) -> None:
     grammar = compiled("json_schema", '{"type": "object", "required": ["a"]}')
     assert is_text_of(grammar, '{\n    "a" :\t1\n}')
-    assert not is_text_of(grammar, '{"a":' + " " * (grammar_text.MAX_WHITESPACE + 1) + "1}")
+    too_many = '{"a":' + " " * (grammar_text.MAX_WHITESPACE + 1) + "1}"
+    assert not is_text_of(grammar, too_many)
+    content = {"type": "json_schema", "json_schema": {"type": "object"}}
+    grammar = compiled("structural_tag", json.dumps({"format": content}))
+    assert is_text_of(grammar, '{\n    "a" :\t1\n}')
+    assert not is_text_of(grammar, too_many)
+    grammar = compiled("structural_tag", json.dumps({"format": {**content, "max_whitespace_cnt": None}}))
+    assert is_text_of(grammar, too_many)

@@ -59,9 +59,9 @@ async def start_chat(request: Request, chat: ChatRequest, *, arrived: float) -> 
         raise bad_request("tools", message, "unsupported_parameter")
     reasoning_end = service.tokenizer.think_end_id if prompt.in_reasoning else None
     constraint, grammar = chat.constraint()
-    if tools.enforced:
+    if tools.enforced or (tools.callable and grammar is not None):
         assert tool_parser is not None
-        constraint, grammar = "tools", tools.grammar(tool_parser)
+        constraint, grammar = "tools", tools.grammar(tool_parser, grammar)
     if grammar is not None:
         grammar = msgspec.structs.replace(grammar, starts_after=reasoning_end)
     sampling = _sampling(service, chat, len(prompt.input_ids), grammar)

@@ -63,14 +63,16 @@ class ToolUse:
     def names(self) -> frozenset[str]:
         return frozenset(tool["function"]["name"] for tool in self.callable)
 
-    def grammar(self, tool_parser: str) -> Grammar:
-        """The format of calls that `tool_parser` reads."""
+    def grammar(self, tool_parser: str, answer: Grammar | None = None) -> Grammar:
+        """The format of calls that `tool_parser` reads; with "auto", `answer` is what the text is that calls nothing."""
         text = {
             "format": tool_parser,
             "tools": self.callable,
             "tool_choice": self.choice,
             "parallel_tool_calls": self.parallel,
         }
+        if answer is not None and self.choice == "auto":
+            text["answer_schema"] = json.loads(answer.text)
         return Grammar(kind="tools", text=json.dumps(text, ensure_ascii=False))
 
 

@@ -414,7 +414,6 @@ def test_structured_output(agent: Server, place: str) -> None:
         ({"temperature": 1.5}, "temperature"),
         ({"stop_sequences": [""]}, "stop_sequences"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type"),
-        ({"tools": [ADD], "output_config": {"format": {"type": "json_schema", "schema": {}}}}, "output_config.format"),
         ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management.edits[0]"),
         ({"mcp_servers": [{"type": "url"}]}, "mcp_servers"),
         ({"container": "c"}, "container"),

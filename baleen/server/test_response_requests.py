@@ -271,7 +271,6 @@ def test_what_agents_offer_to_every_server_is_left_out_beside_tools_of_their_own
         ),
         ({"tools": [ADD], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice.tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": [ADD], "text": {"format": {"type": "json_object"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"text": {"verbosity": "high"}}, "text.verbosity"),

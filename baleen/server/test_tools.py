@@ -275,6 +275,22 @@ def test_constraints_reach_the_engine(
     assert got.starts_after == (agent.tokenizer.think_end_id if thinking else None)
 
 
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_json_answer_or_calls(agent: Server, thinking: bool) -> None:
+    """Agents send both: the model may call, and its last answer is in the schema."""
+    script = agent.play("x")
+    schema = {"type": "object", "properties": {"whale": {"type": "string"}}}
+    asked = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    for choice in ("auto", "required"):
+        body = {"thinking": thinking}
+        ask(agent, stream=False, tools=[WEATHER], tool_choice=choice, response_format=asked, extra_body=body)
+        got = script.requests[-1].sampling.grammar
+        assert got is not None
+        assert got.kind == "tools"
+        assert json.loads(got.text).get("answer_schema") == (schema if choice == "auto" else None)
+        assert got.starts_after == (agent.tokenizer.think_end_id if thinking else None)
+
+
 def test_the_schema_of_response_format_stands_in_the_prompt(agent: Server) -> None:
     script = agent.play("x")
     schema = {"type": "object", "properties": {"whale": {"type": "string"}}}
