@@ -367,7 +367,8 @@ def write(result: dict[str, Any]) -> None:
         "",
         f"`{result['command']}` on {result['cpu']} (load {result['load']}); "
         + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        + f". The tokenizer of DeepSeek-V3.2; {STREAMS} conversations with three tools. CPU seconds, fastest of {ROUNDS} rounds.",
+        + f". The tokenizer of DeepSeek-V3.2; {STREAMS} conversations with three tools."
+        f" CPU seconds, fastest of {ROUNDS} rounds.",
         "",
         "## Conversation to ids",
         "",

@@ -224,7 +224,7 @@ def test_fifty_schemas(llm: LLM) -> None:
         assert answer.finish_reason == "stop", (schema, answer.text)
         check(llm, schema, answer)
     stats = llm.engine.stats()
-    assert stats.num_grammars_compiled_total >= 50
+    assert stats.num_grammar_compiled_total >= 50
     assert stats.num_grammar_queue == 0
     assert stats.grammar_mask_seconds_total > 0
     assert stats.num_cached_tokens_total > 0, "no prefix was shared"
@@ -258,7 +258,7 @@ def test_little_memory(llm: LLM, folder: Path, overlap: bool) -> None:
         stats = small.engine.stats()
         small.engine.scheduler.check_invariants()
     assert stats.num_retractions_total > 0
-    assert stats.num_grammars_compiled_total == 3, "a grammar is compiled once"
+    assert stats.num_grammar_compiled_total == 3, "a grammar is compiled once"
     assert got == expected
 
 
@@ -403,7 +403,7 @@ def run(llm: LLM) -> dict[str, list[TokenOutput]]:
 
 
 def test_a_grammar_that_does_not_compile_is_a_400(llm: LLM) -> None:
-    failed = llm.engine.stats().num_grammars_failed_total
+    failed = llm.engine.stats().num_grammar_failed_total
     llm.engine.add(request("good", text_params("regex", "ab")))
     llm.engine.add(request("bad", schema_params({"properties": {"x": {"not": {}}}}, 0)))
     llm.engine.add(request("free", SamplingParams(max_new_tokens=3, seed=0, ignore_eos=True)))
@@ -413,7 +413,7 @@ def test_a_grammar_that_does_not_compile_is_a_400(llm: LLM) -> None:
     ]
     assert outputs["good"][-1].finish_reason == "stop"
     assert outputs["free"][-1].finish_reason == "length"
-    assert llm.engine.stats().num_grammars_failed_total == failed + 1
+    assert llm.engine.stats().num_grammar_failed_total == failed + 1
     with pytest.raises(ValueError, match="parenthesis"):
         llm.generate(PROMPT[:5], text_params("regex", "("))
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import schemathesis
@@ -48,23 +49,49 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
+@schema.auth()
+class Key:
+    def get(self, case: schemathesis.Case, ctx: schemathesis.AuthContext) -> str:
+        return KEY
+
+    def set(self, case: schemathesis.Case, data: str, ctx: schemathesis.AuthContext) -> None:
+        case.headers = {**(case.headers or {}), "Authorization": f"Bearer {data}"}
+
+
 @schema.parametrize()
 @settings(
-    max_examples=40,
+    max_examples=30,
     derandomize=True,
     deadline=None,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
 def test_the_server_does_what_the_schema_says(case: schemathesis.Case, server: Server) -> None:
-    case.call_and_validate(
-        base_url=server.url, headers={"authorization": f"Bearer {KEY}"}, checks=list(CHECKS), timeout=20
-    )
+    case.call_and_validate(base_url=server.url, checks=list(CHECKS), timeout=20)
+
+
+def test_the_examples_are_answered(server: Server) -> None:
+    with server.http() as http:
+        for path, methods in document(needs_key=True)["paths"].items():
+            for method, operation in methods.items():
+                content = operation.get("requestBody", {}).get("content", {})
+                for example in content.get("application/json", {}).get("examples", {}).values():
+                    headers = {"x-api-key": KEY}
+                    answer = http.request(method.upper(), path, json=example["value"], headers=headers)
+                    assert answer.status_code == 200, answer.text
 
 
 def test_every_route_is_described() -> None:
     routes = {(re.sub(r":\w+}", "}", path), method) for path, _, methods in ROUTES for method in methods}
     assert set(OPERATIONS) == routes
+
+
+def schemas_of_answers(whole: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for methods in whole["paths"].values():
+        for operation in methods.values():
+            for response in operation["responses"].values():
+                for media in response.get("content", {}).values():
+                    yield media.get("schema", {})
 
 
 @pytest.mark.parametrize("needs_key", [False, True])
@@ -75,8 +102,9 @@ def test_the_document_is_whole(needs_key: bool) -> None:
     text = str(whole)
     refs = set(re.findall(r"#/components/schemas/(\w+)", text))
     assert refs <= set(schemas)
-    for part in schemas.values():
+    for part in [*schemas.values(), *schemas_of_answers(whole)]:
         Draft202012Validator.check_schema(part)
+        assert len(set(part.get("required", ()))) == len(part.get("required", ()))
     locked = [path for path, methods in whole["paths"].items() for op in methods.values() if "security" in op]
     assert ("securitySchemes" in whole["components"]) == bool(locked) == needs_key
     assert not any(path.startswith(("/health", "/metrics")) for path in locked)

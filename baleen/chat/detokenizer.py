@@ -12,6 +12,7 @@ import regex  # unlike re, it can say whether more text could make a match, and 
 
 from baleen.chat.tokenizer import Tokenizer
 
+MAX_REGEX_CHARS: Final = 256  # looking for the beginning of a long literal in a short text takes its length cubed
 SEARCH_SECONDS: Final = 0.1  # that one search of a stop_regex may take; usual ones take microseconds
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
@@ -23,7 +24,9 @@ class StopRegexTimeout(ValueError):
 
 @functools.lru_cache(maxsize=256)
 def compile_stop_regex(source: str) -> regex.Pattern[str]:
-    """Raises ValueError for what is no regular expression of Python's `re`."""
+    """Raises ValueError for what is no regular expression of Python's `re`, or too long a one."""
+    if len(source) > MAX_REGEX_CHARS:
+        raise ValueError(f"a regular expression of {len(source)} characters is too long; the most is {MAX_REGEX_CHARS}")
     try:
         re.compile(source)
         return regex.compile(source)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baleen.chat.conftest import VOCAB_SIZE, build_tokenizer
-from baleen.chat.detokenizer import Detokenizer, StopRegexTimeout, compile_stop_regex
+from baleen.chat.detokenizer import MAX_REGEX_CHARS, Detokenizer, StopRegexTimeout, compile_stop_regex
 from baleen.chat.tokenizer import Tokenizer
 
 INNER = build_tokenizer()
@@ -184,6 +184,13 @@ def test_a_bad_regex_is_refused(source: str) -> None:
     else:
         assert source == "a{2"  # a literal
         compile_stop_regex(source)
+
+
+def test_a_regex_that_is_too_long_is_refused() -> None:
+    """A search for what may begin a match takes the cube of a literal's length: 40 s for 5,000 characters."""
+    assert compile_stop_regex("x" * MAX_REGEX_CHARS)
+    with pytest.raises(ValueError, match="is too long"):
+        compile_stop_regex("x" * (MAX_REGEX_CHARS + 1))
 
 
 def test_a_regex_that_takes_too_long_ends_with_an_error() -> None:

@@ -64,7 +64,7 @@ class ToolUse:
         return frozenset(tool["function"]["name"] for tool in self.callable)
 
     def grammar(self, tool_parser: str, answer: Grammar | None = None) -> Grammar:
-        """The format of calls that `tool_parser` reads; with "auto", `answer` is what the text is that calls nothing."""
+        """The format of calls that `tool_parser` reads. With "auto", `answer` is what a text is that calls nothing."""
         text = {
             "format": tool_parser,
             "tools": self.callable,

@@ -196,6 +196,7 @@ def _gauges(stats: EngineStats, client: EngineClient, config: Config) -> list[tu
     return [
         ("num_running_reqs", "Sequences in the running batch.", stats.num_running),
         ("num_queue_reqs", "Sequences waiting.", stats.num_waiting),
+        ("num_grammar_queue_reqs", "Sequences whose grammar is being compiled.", stats.num_grammar_queue),
         ("num_retracted_reqs", "Sequences waiting that ran before.", stats.num_retracted),
         ("token_usage", "Share of the KV pages held by running sequences.", usage),
         ("full_token_usage", "The same: every layer caches every token.", usage),
@@ -235,4 +236,9 @@ def _totals(stats: EngineStats) -> list[tuple[str, str, list[tuple[dict[str, str
         ),
         ("forward_execution_seconds_total", "In the model's forward.", [({}, stats.forward_seconds_total)]),
         ("num_steps_total", "Engine steps.", [({}, stats.num_steps_total)]),
+        ("num_grammar_total", "Grammars compiled.", [({}, stats.num_grammar_compiled_total)]),
+        ("num_grammar_aborted_total", "Grammars that do not compile.", [({}, stats.num_grammar_failed_total)]),
+        ("grammar_compile_seconds_total", "Compiling grammars.", [({}, stats.grammar_compile_seconds_total)]),
+        ("grammar_mask_seconds_total", "Working out masks.", [({}, stats.grammar_mask_seconds_total)]),
+        ("grammar_wait_seconds_total", "Waiting for masks.", [({}, stats.grammar_wait_seconds_total)]),
     ]

@@ -101,9 +101,7 @@ _FIELDS: dict[type, dict[str, Schema]] = {
     DetokenizeRequest: {"tokens": {"anyOf": [_IDS, _list(_IDS)]}},
 }
 
-_GENERATED: Schema = _object(
-    "text", "output_ids", "meta_info", text={"type": "string"}, output_ids=_IDS, meta_info=_INFO
-)
+_GENERATED: Schema = _object(text={"type": "string"}, output_ids=_IDS, meta_info=_INFO)
 _RESPONSE: Schema = _object(
     id={"type": "string"},
     object={"const": "response"},
@@ -142,6 +140,7 @@ class Operation:
 
     answer   of the 200: a struct or a schema; "": an empty body; "text": plain text
     body     the model of the request
+    example  of one that is answered
     streams  the answer may come as server-sent events
     errors   statuses besides those that follow from `body`
     """
@@ -149,11 +148,13 @@ class Operation:
     summary: str
     answer: Any
     body: type[BaseModel] | None = None
+    example: Mapping[str, Any] | None = None
     streams: bool = False
     errors: tuple[int, ...] = ()
     query: Mapping[str, Schema] | None = None
 
 
+_HELLO = [{"role": "user", "content": "Hello"}]
 _ENGINE = (404, 499, 500, 503)
 _HEALTH = Operation(summary="200 if requests are served", answer="", errors=(503,))
 _SERVER_INFO = Operation(summary="Every setting, limits, and the engine's latest counters", answer=_INFO)
@@ -163,10 +164,13 @@ _MODEL_INFO = Operation(
 _TOKENIZE = Operation(
     summary="The ids of a prompt, or of the prompt that messages make",
     body=TokenizeRequest,
+    example={"prompt": "Hello"},
     answer=_TOKENS,
     errors=(404,),
 )
-_DETOKENIZE = Operation(summary="The text of ids", body=DetokenizeRequest, answer=Text, errors=(404,))
+_DETOKENIZE = Operation(
+    summary="The text of ids", body=DetokenizeRequest, example={"tokens": [1, 2, 3]}, answer=Text, errors=(404,)
+)
 
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("/", "GET"): Operation(summary="What runs here", answer="text"),
@@ -174,15 +178,26 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("/v1/chat/completions", "POST"): Operation(
         summary="OpenAI's chat completions",
         body=ChatRequest,
+        example={"messages": _HELLO, "max_tokens": 16, "temperature": 0.5},
         answer=answers.ChatCompletion,
         streams=True,
         errors=_ENGINE,
     ),
     ("/v1/completions", "POST"): Operation(
-        summary="OpenAI's completions", body=CompletionRequest, answer=answers.Completion, streams=True, errors=_ENGINE
+        summary="OpenAI's completions",
+        body=CompletionRequest,
+        example={"prompt": "Once upon a time", "max_tokens": 16},
+        answer=answers.Completion,
+        streams=True,
+        errors=_ENGINE,
     ),
     ("/v1/responses", "POST"): Operation(
-        summary="OpenAI's responses", body=ResponsesRequest, answer=_RESPONSE, streams=True, errors=_ENGINE
+        summary="OpenAI's responses",
+        body=ResponsesRequest,
+        example={"input": "Hello", "max_output_tokens": 16},
+        answer=_RESPONSE,
+        streams=True,
+        errors=_ENGINE,
     ),
     ("/v1/responses/{response_id}", "GET"): Operation(summary="A stored response", answer=_RESPONSE, errors=(400, 404)),
     ("/v1/responses/{response_id}", "DELETE"): Operation(
@@ -194,11 +209,17 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         summary="Only for background responses, of which there are none", answer=_RESPONSE, errors=(400, 404)
     ),
     ("/v1/messages", "POST"): Operation(
-        summary="Anthropic's messages", body=MessagesRequest, answer=_MESSAGE, streams=True, errors=_ENGINE
+        summary="Anthropic's messages",
+        body=MessagesRequest,
+        example={"model": "default", "messages": _HELLO, "max_tokens": 16},
+        answer=_MESSAGE,
+        streams=True,
+        errors=_ENGINE,
     ),
     ("/v1/messages/count_tokens", "POST"): Operation(
         summary="Tokens of the prompt that messages make",
         body=PromptFields,
+        example={"model": "default", "messages": _HELLO},
         answer=_object(input_tokens={"type": "integer"}),
         errors=(404,),
     ),
@@ -208,6 +229,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         ("/generate", method): Operation(
             summary="SGLang's own route: text or ids in, text and ids out",
             body=GenerateBody,
+            example={"text": "Once upon a time", "sampling_params": {"max_new_tokens": 16}},
             answer={"anyOf": [_GENERATED, _list(_GENERATED)]},
             streams=True,
             errors=_ENGINE,
@@ -221,6 +243,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("/abort_request", "POST"): Operation(
         summary="End the requests whose rid begins so, or all; they are answered with what they have",
         body=AbortBody,
+        example={"rid": "my-request"},
         answer="",
     ),
     ("/health", "GET"): _HEALTH,
@@ -298,7 +321,10 @@ def _operation(path: str, operation: Operation, refs: Mapping[type[BaseModel], S
     if 499 in statuses:
         described["responses"]["499"].pop("content")  # nobody reads it
     if operation.body is not None:
-        content = {"application/json": {"schema": refs[operation.body]}}
+        examples = {"short": {"value": operation.example}}
+        if operation.streams:
+            examples["streamed"] = {"value": {**(operation.example or {}), "stream": True}}
+        content = {"application/json": {"schema": refs[operation.body], "examples": examples}}
         described["requestBody"] = {"required": True, "content": content}
     if locked:
         described["security"] = [{"key": []}]
@@ -317,7 +343,7 @@ def _content(operation: Operation) -> Schema:
         return {"content": {"text/plain": {"schema": {"type": "string"}}}}
     schema = {"$ref": _REF + answer.__name__} if isinstance(answer, type) else answer
     content = {"application/json": {"schema": schema}}
-    return {"content": content | ({"text/event-stream": {"schema": {"type": "string"}}} if operation.streams else {})}
+    return {"content": content | ({"text/event-stream": {}} if operation.streams else {})}
 
 
 def _parameters(path: str, operation: Operation) -> Iterator[Schema]:

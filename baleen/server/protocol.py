@@ -214,10 +214,10 @@ class ChatRequest(OpenAIRequest):
         for name, part in (("reasoning", self.reasoning), ("thinking", self.thinking)):
             if part is not None:
                 part.check(f"{prefix}{name}.")
-        name, grammar = self.constraint()
+        constraint, grammar = self.constraint()
         if self.tool_use.callable and grammar is not None and grammar.kind != "json_schema":
             message = 'cannot be combined with tools that may be called; send tool_choice "none", or leave one out'
-            raise bad_request(str(name), message)
+            raise bad_request(str(constraint), message)
 
 
 class CompletionRequest(OpenAIRequest):

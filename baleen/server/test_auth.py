@@ -117,6 +117,7 @@ def test_a_web_page_may_call(locked: Server) -> None:
             assert answer.headers["access-control-allow-origin"] == "*"
             assert "access-control-allow-credentials" not in answer.headers
         assert "access-control-allow-origin" not in http.get("/health").headers
+        assert http.options("/v1/models").status_code == 405, "OPTIONS needs no key"
 
 
 def test_a_stream_for_a_web_page_comes_in_pieces(server: Server) -> None:

@@ -62,6 +62,10 @@ def test_gauges_of_the_engine(fresh: Server) -> None:
         num_steps_total=11,
         forward_seconds_total=1.5,
         queue_seconds_total=12.5,
+        num_grammar_queue=7,
+        num_grammar_compiled_total=8,
+        num_grammar_failed_total=9,
+        grammar_wait_seconds_total=0.25,
         queue_counts_total=(2, 3, *[0] * (len(QUEUE_SECONDS) - 2), 4),
     )
     fresh.engine.send(stats)
@@ -71,6 +75,10 @@ def test_gauges_of_the_engine(fresh: Server) -> None:
         "sglang:num_running_reqs": 3,
         "sglang:num_queue_reqs": 4,
         "sglang:num_retracted_reqs": 1,
+        "sglang:num_grammar_queue_reqs": 7,
+        "sglang:num_grammar_total": 8,
+        "sglang:num_grammar_aborted_total": 9,
+        "sglang:grammar_wait_seconds_total": 0.25,
         "sglang:token_usage": 0.5,
         "sglang:cache_hit_rate": 0.25,
         "sglang:decode_sum_seq_lens": 77,

@@ -121,6 +121,18 @@ def test_generation_config_gives_chat_its_defaults(tmp_path: Path) -> None:
     assert {r.sampling.top_k for r in script.requests} == {-1}  # 0 is transformers' way to say all tokens
 
 
+def test_api_processes_draw_other_seeds(tmp_path: Path) -> None:
+    """Else two requests without a seed, at two processes, would get the same answer."""
+    config = make_config(tmp_path)
+
+    def seeds(process: int) -> list[int]:
+        app = create_app(config, EngineClient("", process), Tokenizer.load(config))
+        return [app.state.service.seed(None, 0) for _ in range(3)]
+
+    assert seeds(0) == seeds(0)
+    assert not set(seeds(0)) & set(seeds(1))
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"temperature": "warm"}', '{"top_p": 7}'])
 def test_broken_generation_config_is_refused_at_start(tmp_path: Path, text: str) -> None:
     (tmp_path / "generation_config.json").write_text(text)
