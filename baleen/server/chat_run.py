@@ -85,8 +85,9 @@ async def start_chat(request: Request, chat: ChatRequest, *, arrived: float) -> 
         )
         for _ in specs
     ]
-    generation = service.start(specs, arrived=arrived, rid=chat.rid, priority=service.priority(chat.priority))
-    return ChatRun(generation, chat, parsers)
+    name = chat.rid or f"chatcmpl-{uuid.uuid4().hex}"
+    generation = service.start(specs, arrived=arrived, rid=name, priority=service.priority(chat.priority))
+    return ChatRun(name, generation, chat, parsers)
 
 
 def _sampling(service: Service, chat: ChatRequest, num_prompt: int, grammar: Grammar | None) -> SamplingParams:
@@ -117,14 +118,14 @@ def _sampling(service: Service, chat: ChatRequest, num_prompt: int, grammar: Gra
 class ChatRun:
     """The answer to `chat` as it comes. Read `all`, or `first` and then `rest`.
 
-    id                 of the answer; the client's `rid` if it gave one
+    id                 of the answer, and its name for /abort_request; the client's `rid` if it gave one
     splits_reasoning   reasoning is events of its own: the prompt asked for it and nobody wants it in the content
     """
 
-    def __init__(self, generation: Generation, chat: ChatRequest, parsers: list[OutputParser]) -> None:
+    def __init__(self, name: str, generation: Generation, chat: ChatRequest, parsers: list[OutputParser]) -> None:
         self.generation = generation
         self.chat = chat
-        self.id = chat.rid or f"chatcmpl-{uuid.uuid4().hex}"
+        self.id = name
         self.splits_reasoning = parsers[0].in_reasoning
         self.created = int(time.time())
         self._parsers = parsers

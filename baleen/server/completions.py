@@ -32,8 +32,9 @@ async def completions(request: Request) -> Response:
     body = fields.parse(CompletionRequest, await read_json(request))
     service.check_model(body.model)
     specs = await _specs(service, body)
-    generation = service.start(specs, arrived=arrived, rid=body.rid, priority=service.priority(body.priority))
-    answer = _Answer(service, body, generation, arrived)
+    name = body.rid or f"cmpl-{uuid.uuid4().hex}"
+    generation = service.start(specs, arrived=arrived, rid=name, priority=service.priority(body.priority))
+    answer = _Answer(name, service, body, generation, arrived)
     if body.stream:
         return EventStream(answer.events(await first_pieces(request, generation)), generation)
     return json_response(answer.complete(await all_pieces(request, generation)))
@@ -77,12 +78,14 @@ async def _specs(service: Service, body: CompletionRequest) -> list[SequenceSpec
 class _Answer:
     """The answer to one request, whole or as events."""
 
-    def __init__(self, service: Service, body: CompletionRequest, generation: Generation, arrived: float) -> None:
+    def __init__(
+        self, name: str, service: Service, body: CompletionRequest, generation: Generation, arrived: float
+    ) -> None:
         self._tokenizer = service.tokenizer
         self._generation = generation
         self._body = body
         self._arrived = arrived
-        self._id = body.rid or f"cmpl-{uuid.uuid4().hex}"
+        self._id = name
         self._created = int(time.time())
         self._model = service.model_name
         # Tokens whose text is withheld: their logprobs go out with the next text.

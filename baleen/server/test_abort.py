@@ -71,10 +71,25 @@ def test_an_aborted_request_is_answered_with_what_it_has(server: Server, path: s
     assert server.client.num_open == 0
 
 
+@pytest.mark.parametrize("path", [path for path in ROUTES if path != "/generate"])
+def test_the_id_of_an_answer_is_its_name(server: Server, path: str) -> None:
+    """A client that gave no `rid` aborts by the id it was told."""
+    server.play(LONG, pause=0.01)
+    body = ROUTES[path] | {"stream": True, "max_tokens": 150}
+    with server.http() as http, http.stream("POST", path, json=body) as response:
+        lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
+        name = json.loads(next(lines))["id"]
+        abort(server, rid=name)
+        *events, done = lines
+    assert done == "[DONE]"
+    assert json.loads(events[-1])["choices"][0]["finish_reason"] == "abort"
+
+
 @pytest.mark.parametrize("path", ROUTES)
 def test_an_aborted_stream_ends_in_order(server: Server, path: str) -> None:
     script = server.play(LONG, pause=0.01)
-    call = Call(server, path, rid="mine", stream=True).is_open()
+    limit = {"sampling_params": {"max_new_tokens": 150}} if path == "/generate" else {"max_tokens": 150}
+    call = Call(server, path, rid="mine", stream=True, **limit).is_open()
     wait_until(lambda: script.requests)
     abort(server, rid="mine")
     events = call.result().text.strip().split("\n\n")
