@@ -15,7 +15,7 @@ USAGE = """usage: baleen COMMAND [--help]
   serve    serve a checkpoint over HTTP (OpenAI API); --dry-run shows what would run and why
   chat     talk to a running server in the terminal
   eval     measure the answers of a running server
-  bench    measure speed of a running server (not built yet)
+  bench    measure speed: batch, one static batch without a server (of a running server: not built yet)
   route    send requests to prefill and decode servers (not built yet)
 """
 
@@ -32,7 +32,7 @@ def command(argv: list[str], environ: Mapping[str, str]) -> int:
         "serve": lambda rest: serve(rest, environ),
         "chat": chat,
         "eval": evaluate,
-        "bench": bench,
+        "bench": lambda rest: bench(rest, environ),
         "route": route,
     }
     if not argv or argv[0] in ("-h", "--help"):
@@ -182,8 +182,12 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def bench(argv: list[str]) -> int:
-    parser = flags.Parser(prog="baleen bench", description="Measure speed of a running server.")
+def bench(argv: list[str], environ: Mapping[str, str]) -> int:
+    if argv[:1] == ["batch"]:
+        from baleen.bench import batch
+
+        return batch.main(argv[1:], environ)
+    parser = flags.Parser(prog="baleen bench", description="Measure speed: of one batch, or of a running server.")
     parser.add_argument("what", choices=("serve", "batch", "speculative"))
     given = parser.parse(argv)
     fix = "any load generator for the OpenAI API can be pointed at the server"

@@ -17,6 +17,7 @@ from baleen.model_config import PUBLISHED, BlockFp8, ConfigError, ModelConfig, R
 
 __all__ = [
     "AUTO",
+    "FASTEST",
     "PAGE_SIZE",
     "PUBLISHED",
     "SECTIONS",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 AUTO = "auto"
+FASTEST = "fastest"
 PAGE_SIZE = 64
 
 
@@ -93,9 +95,7 @@ class LoadConfig:
         AUTO,
         "--device",
         choices=(AUTO, "cpu", "cuda"),
-        built=("cpu",),
-        needs="execution on a GPU",
-        help="where the model runs",
+        help="where the model runs; auto: the GPU if there is one",
     )
     context_length: int = opt(
         AUTO, "--context-length", least=1, help="longest request, prompt and reply (accepts 128k)"
@@ -225,12 +225,9 @@ class SchedulerConfig:
         "--cuda-graph-max-bs-decode",
         old=("--cuda-graph-max-bs",),
         least=1,
-        no_effect="a CPU has no CUDA graphs",
-        help="largest decode batch in a CUDA graph",
+        help="largest decode batch in a CUDA graph; default: --max-running-requests",
     )
-    disable_cuda_graph: bool = opt(
-        False, "--disable-cuda-graph", no_effect="a CPU has no CUDA graphs", help="run without CUDA graphs"
-    )
+    disable_cuda_graph: bool = opt(False, "--disable-cuda-graph", help="run without CUDA graphs")
 
 
 _DSA_BACKENDS = (
@@ -256,8 +253,8 @@ class AttentionConfig:
         "--dsa-prefill-backend",
         old=("--nsa-prefill-backend", "--nsa-prefill"),
         choices=_DSA_BACKENDS,
-        built=("reference",),
-        needs="another sparse attention kernel than reference",
+        built=("reference", "flashmla_sparse", "flashmla_kv", "flashmla_auto"),
+        needs="another sparse attention kernel than reference and flashmla",
         help="sparse attention of prefill tokens",
     )
     decode_backend: str = opt(
@@ -265,27 +262,32 @@ class AttentionConfig:
         "--dsa-decode-backend",
         old=("--nsa-decode-backend", "--nsa-decode"),
         choices=_DSA_BACKENDS,
-        built=("reference",),
-        needs="another sparse attention kernel than reference",
+        built=("reference", "flashmla_sparse", "flashmla_kv"),
+        needs="another sparse attention kernel than reference and flashmla",
         help="sparse attention of decode tokens",
     )
     topk_backend: str = opt(
         AUTO,
         "--dsa-topk-backend",
-        choices=(AUTO, "reference", "sgl-kernel", "flashinfer"),
+        choices=(AUTO, "reference", FASTEST, "sgl-kernel", "flashinfer"),
         synonyms={"torch": "reference"},
-        built=("reference",),
-        needs="another top-k kernel than reference",
+        built=("reference", FASTEST),
+        needs="the top-k kernel of another library",
         help="selection of the best-scored tokens",
     )
     moe_runner_backend: str = opt(
         AUTO,
         "--moe-runner-backend",
-        built=("reference",),
-        needs="another expert kernel than reference",
+        built=("reference", FASTEST, "deep_gemm"),
+        needs="another expert kernel than reference and deep_gemm",
         help="matrix products of the routed experts",
     )
-    kernels: str = opt(AUTO, "--kernels", choices=(AUTO, "reference"), help="reference: every operation in plain torch")
+    kernels: str = opt(
+        AUTO,
+        "--kernels",
+        choices=(AUTO, "reference", FASTEST),
+        help="reference: every operation in plain torch; fastest: on a GPU the first of each that can be imported",
+    )
     dense_prefill_threshold: int = opt(
         AUTO,
         "--dense-prefill-threshold",

@@ -31,11 +31,10 @@ from baleen.messages import (
     GenerateRequest,
     Hello,
     Shutdown,
-    StepOutput,
     TokenOutput,
     TokenOutputs,
 )
-from baleen.runner.model_runner import ModelRunner
+from baleen.runner.model_runner import LaunchedStep, ModelRunner
 from baleen.sampling.grammar_compiler import GrammarCompiler
 from baleen.sampling.grammar_text import GrammarError, Vocabulary
 from baleen.scheduler.scheduler import Scheduler
@@ -81,7 +80,7 @@ class Engine:
             running_timeout=config.scheduler.request_running_timeout,
         )
         self.overlap = not config.scheduler.disable_overlap_schedule
-        self._running: deque[Future[StepOutput]] = deque()  # in step order: one, two for a moment within `step`
+        self._running: deque[Future[LaunchedStep]] = deque()  # in step order: one, two for a moment within `step`
         self._outputs: list[TokenOutput] = []
         self._compiling: dict[str, Compiling] = {}  # by rid, in order of arrival
         self._compiled: dict[str, Any] = {}  # by rid: held so that the compiler keeps it until the request has ended
@@ -161,7 +160,7 @@ class Engine:
         """Wait for the oldest steps, all but the last `leave`."""
         outputs: list[TokenOutput] = []
         while len(self._running) > leave:
-            output = self._running[0].result()
+            output = self._running[0].result().wait()
             self._running.popleft()
             outputs += self.scheduler.update(output)
         return outputs
@@ -173,8 +172,8 @@ class Engine:
             num_aborted_total=stats.num_aborted_total + self._num_aborted,
             forward_seconds_total=self.runner.forward_seconds,
             num_grammar_queue=len(self._compiling),
-            num_grammars_compiled_total=self._compiler.num_compiled,
-            num_grammars_failed_total=self._compiler.num_failed,
+            num_grammar_compiled_total=self._compiler.num_compiled,
+            num_grammar_failed_total=self._compiler.num_failed,
             grammar_compile_seconds_total=self._compiler.compile_seconds,
             grammar_mask_seconds_total=masks.mask_seconds,
             grammar_wait_seconds_total=masks.wait_seconds,

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+LIBRARIES = ("deep_gemm", "flash_mla")
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
+
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What the choices depend on. device: "cpu", or "cuda" if a GPU is present; memory_bytes: available now."""
+    """What the choices depend on.
+
+    device        "cpu", or "cuda" if a GPU is present
+    memory_bytes  of the host, available now
+    gpu_bytes     of the first GPU, all of it
+    capability    of the first GPU: 90 is Hopper
+    libraries     packages with kernels for it that can be imported
+    """
 
     device: str
     memory_bytes: int
     num_cpus: int
+    gpu_bytes: int = 0
+    capability: int = 0
+    libraries: frozenset[str] = frozenset()
 
     @staticmethod
     def detect() -> Hardware:
@@ -29,6 +44,28 @@ class Hardware:
             cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
             used = int((group / "memory.current").read_text()) - (int(cached[1]) if cached else 0)
             memory = max(0, min(memory, int(limit) - used))
-        device = "cuda" if Path("/dev/nvidia0").exists() else "cpu"
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return Hardware(device, memory, cpus)
+        gpu = _first_gpu()
+        if gpu is None:
+            return Hardware("cpu", memory, cpus)
+        libraries = frozenset(name for name in LIBRARIES if importlib.util.find_spec(name))
+        return Hardware("cuda", memory, cpus, *gpu, libraries)
+
+
+def _first_gpu() -> tuple[int, int] | None:
+    """(bytes, capability) of the first GPU that CUDA shows to this process, asked of the driver; None if there is
+    none.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, size, major, minor = ctypes.c_int(), ctypes.c_size_t(), ctypes.c_int(), ctypes.c_int()
+    failed = (
+        driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(device), 0)
+        or driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+        or driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
+        or driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
+    )
+    return None if failed else (size.value, 10 * major.value + minor.value)

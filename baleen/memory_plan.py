@@ -13,8 +13,14 @@ from baleen.config import PAGE_SIZE, Config, ModelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
 GIB = 1024**3
-# index_logits, topk, sparse_mla and dense_mla keep each intermediate under this.
+# index_logits, topk, sparse_mla and dense_mla keep each intermediate under this; on a GPU the selection has several of
+# twice its size.
 KERNEL_SCRATCH = 32 * 1024**2
+GPU_SELECTION_SCRATCH = 512 * 1024**2
+# Index logits made at once.
+INDEX_LOGITS = 1024**3
+# Rows that the grouped products of a GPU's experts keep for each expert beside its own.
+EXPERT_ROWS = 256
 # int64 [tokens, topk] alive at once where positions become slots.
 SELECTION_COPIES = 6
 # The sampler's int64 temporaries: four of one chunk of rows.
@@ -23,7 +29,8 @@ SAMPLER_SCRATCH = 4 * 16 * 1024**2
 PROMPT_LOGITS = 2**23
 
 # A tensor's place in the plan, its shape, and how an FP8 checkpoint stores it:
-# "blocks": e4m3 and one fp32 scale per 128x128 block; "plain": as it is; "float32": norms, biases.
+# "blocks": e4m3 and one fp32 scale per 128x128 block; "absorbed": the same, dequantised wherever it is loaded; "plain":
+# as it is; "float32": norms, biases.
 Tensor = tuple[str, tuple[int, ...], str]
 
 
@@ -47,7 +54,7 @@ def _layer(m: ModelConfig, moe: bool) -> Iterator[Tensor]:
     yield "attention", (m.q_lora_rank, hidden), "blocks"
     yield "attention", (heads * m.qk_head_dim, m.q_lora_rank), "blocks"
     yield "attention", (m.kv_lora_rank + m.qk_rope_head_dim, hidden), "blocks"
-    yield "attention", (heads * (m.qk_nope_head_dim + m.v_head_dim), m.kv_lora_rank), "blocks"
+    yield "attention", (heads * (m.qk_nope_head_dim + m.v_head_dim), m.kv_lora_rank), "absorbed"
     yield "attention", (hidden, heads * m.v_head_dim), "blocks"
     for size in (m.q_lora_rank, m.kv_lora_rank, hidden, hidden):
         yield "attention", (size,), "float32"
@@ -73,13 +80,12 @@ def _mlp(name: str, hidden: int, inner: int) -> Iterator[Tensor]:
 
 
 def checkpoint_bytes(m: ModelConfig) -> dict[str, int]:
-    """Bytes of each class as stored: the payload of the safetensors files, and what a GPU that runs FP8 loads."""
+    """Bytes of each class as stored: the payload of the safetensors files."""
     sizes: dict[str, int] = {}
     for name, shape, storage in tensors(m):
         elements = _product(shape)
-        if storage == "blocks" and m.quantization is not None:
-            rows, columns = m.quantization.weight_block_size
-            stored = elements + 4 * -(-shape[0] // rows) * -(-shape[1] // columns)
+        if storage in ("blocks", "absorbed") and m.quantization is not None:
+            stored = _block_bytes(shape)
         elif storage == "float32" and m.quantization is not None:
             stored = 4 * elements
         else:
@@ -88,12 +94,22 @@ def checkpoint_bytes(m: ModelConfig) -> dict[str, int]:
     return sizes
 
 
-def loaded_bytes(m: ModelConfig, dtype: str) -> dict[str, int]:
-    """Bytes of each class once loaded for a CPU: every parameter in `dtype`, FP8 blocks dequantised."""
+def loaded_bytes(m: ModelConfig, dtype: str, *, keep_fp8: bool = False) -> dict[str, int]:
+    """Bytes of each class once loaded: each parameter in `dtype`, FP8 blocks dequantised; with `keep_fp8`, as on a GPU,
+    blocks as stored, and norms, biases and the router in float32.
+    """
     sizes: dict[str, int] = {}
-    for name, shape, _ in tensors(m):
-        sizes[name] = sizes.get(name, 0) + BYTES[dtype] * _product(shape)
+    for name, shape, storage in tensors(m):
+        if keep_fp8 and storage == "blocks" and m.quantization is not None:
+            size = _block_bytes(shape)
+        else:
+            size = (4 if keep_fp8 and (storage == "float32" or name == "router") else BYTES[dtype]) * _product(shape)
+        sizes[name] = sizes.get(name, 0) + size
     return sizes
+
+
+def _block_bytes(shape: tuple[int, ...]) -> int:
+    return _product(shape) + 4 * -(-shape[0] // 128) * -(-shape[1] // 128)
 
 
 def _product(shape: tuple[int, ...]) -> int:
@@ -136,13 +152,30 @@ def step_bytes(
     # the masked attention computes in float32
     expanded_size = size if dtype == "float32" else size + BYTES["float32"]
     return {
-        "index logits": 4 * tokens * context + KERNEL_SCRATCH,
+        "index logits": min(4 * tokens * context, INDEX_LOGITS) + KERNEL_SCRATCH,
         "index keys": max(KERNEL_SCRATCH, context * index_bytes(m, index_cache_dtype)),
         "selection": SELECTION_COPIES * 8 * tokens * min(m.index_topk, context),
         "activations": size * tokens * (4 * m.hidden_size + max(attention, experts + routed)) + 2 * KERNEL_SCRATCH,
         "expanded prefill": expanded_size * expanded,
         "sampling": 3 * 4 * max(rows * m.vocab_size, min(tokens * m.vocab_size, PROMPT_LOGITS))
         + min(SAMPLER_SCRATCH, 4 * 8 * rows * m.vocab_size),
+    }
+
+
+def gpu_step_bytes(m: ModelConfig, *, rows: int, context: int, vocab_rows: int, fp8_cache: bool) -> dict[str, int]:
+    """What a step takes on a GPU besides `step_bytes`.
+
+    rows       requests that sample    context  longest request
+    vocab_rows rows of the logits that CUDA graphs keep; 0 without graphs
+    """
+    latent = m.kv_lora_rank + m.qk_rope_head_dim
+    of_row = 3 * m.hidden_size + 6 * m.moe_intermediate_size
+    graphs = vocab_rows * (BYTES["bfloat16"] + BYTES["float32"]) * m.vocab_size
+    return {
+        "selection on the GPU": GPU_SELECTION_SCRATCH,
+        "expert rows": m.n_routed_experts * EXPERT_ROWS * of_row,
+        "prefill from the fp8 cache": context * latent * (2 * BYTES["float32"] + BYTES["bfloat16"]) if fp8_cache else 0,
+        "CUDA graphs": graphs + 16 * rows * m.num_attention_heads * latent if vocab_rows else 0,
     }
 
 
@@ -189,20 +222,32 @@ def plan(config: Config, available: int) -> MemoryPlan:
     """The plan of a resolved configuration. The pool has one page more than its tokens need: page 0 is for padding."""
     m, load, cache = config.model, config.load, config.cache
     slots = cache.max_total_tokens + PAGE_SIZE
+    on_gpu = load.device == "cuda"
+    rows = config.scheduler.max_running_requests
+    step = step_bytes(
+        m,
+        tokens=config.scheduler.chunked_prefill_size,
+        rows=rows,
+        context=load.context_length,
+        dense=config.attention.dense_prefill_threshold,
+        dtype=load.dtype,
+        index_cache_dtype=cache.index_cache_dtype,
+    )
+    if on_gpu:
+        in_graphs = min(rows, config.scheduler.cuda_graph_max_bs or rows)
+        step |= gpu_step_bytes(
+            m,
+            rows=rows,
+            context=load.context_length,
+            vocab_rows=0 if config.scheduler.disable_cuda_graph else in_graphs,
+            fp8_cache=cache.kv_cache_dtype == "fp8_e4m3",
+        )
     return MemoryPlan(
         checkpoint=checkpoint_bytes(m),
-        weights=loaded_bytes(m, load.dtype),
+        weights=loaded_bytes(m, load.dtype, keep_fp8=on_gpu),
         latent_cache=slots * m.num_hidden_layers * latent_bytes(m, cache.kv_cache_dtype),
         index_cache=slots * m.num_hidden_layers * index_bytes(m, cache.index_cache_dtype),
-        step=step_bytes(
-            m,
-            tokens=config.scheduler.chunked_prefill_size,
-            rows=config.scheduler.max_running_requests,
-            context=load.context_length,
-            dense=config.attention.dense_prefill_threshold,
-            dtype=load.dtype,
-            index_cache_dtype=cache.index_cache_dtype,
-        ),
+        step=step,
         token=token_bytes(m, cache.kv_cache_dtype, cache.index_cache_dtype),
         num_tokens=cache.max_total_tokens,
         available=available,

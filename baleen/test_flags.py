@@ -15,6 +15,7 @@ from baleen import flags
 from baleen.__main__ import command
 from baleen.config import AUTO, PUBLISHED, ConfigError
 from baleen.flags import Hardware, Resolution
+from baleen.resolver import kind_of, settings
 
 GIB = 1024**3
 MACHINE = Hardware("cpu", 8 * GIB, 2)
@@ -74,7 +75,7 @@ def test_defaults_on_a_cpu(checkpoint: str) -> None:
 
 def test_every_automatic_choice_has_a_reason(checkpoint: str) -> None:
     resolution = run(checkpoint)
-    opened = {key for key, setting in flags._settings().items() if setting.metadata["default"] == AUTO}
+    opened = {key for key, setting in settings().items() if setting.metadata["default"] == AUTO}
     assert set(resolution.reasons) == opened - {"load.model_path"}
     assert all(resolution.reasons.values())
 
@@ -103,13 +104,6 @@ def test_fp8_checkpoint_selects_as_released(tmp_path: Path) -> None:
     assert resolution.config.cache.index_cache_dtype == "fp8_e4m3"
     assert "FP8" in resolution.reasons["cache.index_cache_dtype"]
     assert (resolution.config.load.dtype, resolution.refusals) == ("float32", [])
-
-
-def test_a_gpu_is_mentioned_but_not_used(checkpoint: str) -> None:
-    resolution = run(checkpoint, machine=Hardware("cuda", 8 * GIB, 2))
-    assert resolution.config.load.device == "cpu"
-    assert "GPU" in resolution.reasons["load.device"]
-    assert run(checkpoint, "--device cuda").refusals == ["--device cuda: needs execution on a GPU, not built yet"]
 
 
 def test_pool_takes_what_the_budget_leaves(checkpoint: str) -> None:
@@ -223,7 +217,7 @@ REFUSED = [
     "--speculative-algorithm NEXTN", "--speculative-eagle-topk 1", "--speculative-num-draft-tokens 4",
     "--disaggregation-mode decode", "--disaggregation-bootstrap-port 8998", "--disaggregation-ib-device mlx5_0",
     "--dsa-prefill-backend tilelang", "--dsa-decode-backend fa3", "--dsa-topk-backend sgl-kernel",
-    "--moe-runner-backend triton", "--attention-backend fa3", "--device cuda", "--enable-hierarchical-cache",
+    "--moe-runner-backend triton", "--attention-backend fa3", "--enable-hierarchical-cache",
     "--enable-hisparse", "--radix-eviction-policy lfu", "--schedule-policy random", "--watchdog-timeout 300",
     "--quantization w8a8_int8", "--quantization fp8",
 ]  # fmt: skip
@@ -322,8 +316,8 @@ def test_every_setting_is_used_or_says_otherwise(checkpoint: str) -> None:
         "--tokenizer-path": checkpoint + "/..",
         "--tokenizer-worker-num": "3",
     }
-    for key, setting in flags._settings().items():
-        meta, kind = setting.metadata, flags._kind(key)
+    for key, setting in settings().items():
+        meta, kind = setting.metadata, kind_of(key)
         if not meta["flags"] or key in ("load.model_path", "load.random_seed"):
             continue
         flag = meta["flags"][0]

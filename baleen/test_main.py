@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from baleen import flags
 from baleen.__main__ import _flag, command
 from baleen.config import PUBLISHED, Config, ConfigError
 from baleen.flags import Hardware, default_config
+from baleen.resolver import settings
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_default_config_refuses(checkpoint: str, settings: dict[str, Any], text:
 def test_dry_run_prints_everything(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["serve", "--model", checkpoint, "--dry-run", "--disable-cuda-graph"], {}) == 0
     printed = capsys.readouterr().out
-    for key in flags._settings():
+    for key in settings():
         assert f"\n  {_flag(key)} " in printed
     assert "# a CPU emulates bfloat16" in printed
     assert "memory plan:" in printed
@@ -89,7 +89,7 @@ def test_help_marks_what_is_not_built(capsys: pytest.CaptureFixture[str]) -> Non
         command(["serve", "--help"], {})
     printed = " ".join(capsys.readouterr().out.split())
     assert "--tp N ranks (not built yet)" in printed
-    assert "aiter, trtllm, triton] (built: reference)" in printed
+    assert "aiter, trtllm, triton] (built: reference, flashmla_sparse, flashmla_kv)" in printed
     assert "--page-size N tokens per page; always 64 --" in printed
 
 
@@ -129,7 +129,6 @@ def test_start_says_what_was_chosen(
         ("eval json --plot a.png", "--plot: is for needle"),
         ("eval gsm8k --data-path /no/such/file", "--data-path: /no/such/file cannot be read"),
         ("bench serve", "bench serve: needs "),
-        ("bench batch", "bench batch: needs "),
         ("bench speculative", "bench speculative: needs "),
         (
             "route --pd-disaggregation --prefill http://a:1 8998 --decode http://b:1 --host 127.0.0.1 --port 8000",

@@ -7,6 +7,7 @@ import pytest
 from baleen import memory_plan
 from baleen.config import PUBLISHED, ModelConfig
 
+FP8 = ("blocks", "absorbed")
 V32 = ModelConfig.from_json(PUBLISHED["deepseek-ai/DeepSeek-V3.2"])
 
 
@@ -14,7 +15,11 @@ def test_released_checkpoint_to_the_byte() -> None:
     """689,471,107,200 bytes of payload in 163 files, from an audit of their headers; so are the counts by dtype."""
     assert sum(memory_plan.checkpoint_bytes(V32).values()) == 689_471_107_200
     stored = [storage for _, _, storage in memory_plan.tensors(V32)]
-    assert (stored.count("blocks"), stored.count("plain"), stored.count("float32")) == (45_932, 126, 314 + 121)
+    assert (stored.count("blocks") + stored.count("absorbed"), stored.count("plain"), stored.count("float32")) == (
+        45_932,
+        126,
+        314 + 121,
+    )
 
 
 def test_classes_of_the_released_checkpoint() -> None:
@@ -28,9 +33,19 @@ def test_classes_of_the_released_checkpoint() -> None:
 def test_loaded_for_a_cpu_is_four_bytes_a_parameter() -> None:
     sizes = memory_plan.loaded_bytes(V32, "float32")
     # The released index counts elements, block scales included: its total_size is twice that.
-    scales = sum(-(-s[0] // 128) * -(-s[1] // 128) for _, s, storage in memory_plan.tensors(V32) if storage == "blocks")
+    scales = sum(-(-s[0] // 128) * -(-s[1] // 128) for _, s, storage in memory_plan.tensors(V32) if storage in FP8)
     assert sum(sizes.values()) // 4 + scales == 1_370_793_842_752 // 2
     assert sizes["head"] == 4 * (129280 * 7168 + 7168)
+
+
+def test_loaded_for_a_gpu_is_the_files_and_two_bytes_for_what_is_absorbed() -> None:
+    """kv_b_proj [32768, 512] of 62 layers is one byte a value in the files and two here; the router is float32."""
+    kept, stored = memory_plan.loaded_bytes(V32, "bfloat16", keep_fp8=True), memory_plan.checkpoint_bytes(V32)
+    kv_b = 32768 * 512 - 4 * 256 * 4
+    assert kept["attention"] - stored["attention"] == 61 * kv_b
+    assert kept["router"] - stored["router"] == 58 * 256 * 7168 * 2
+    for name in ("routed experts", "shared experts", "dense mlp", "embedding", "head", "indexer"):
+        assert kept[name] == stored[name]
 
 
 @pytest.mark.parametrize(
@@ -52,8 +67,12 @@ def test_totals_of_a_cached_token_as_published() -> None:
 
 
 def test_index_logits_grow_with_step_and_context() -> None:
-    """One 8192-token chunk at 128k context: 4.3 GB of logits."""
-    step = memory_plan.step_bytes(
-        V32, tokens=8192, rows=64, context=131072, dense=4096, dtype="float32", index_cache_dtype="fp8_e4m3"
-    )
-    assert step["index logits"] == pytest.approx(4.3e9, rel=0.01)
+    """A 512-token chunk at 128k context: 268 MB of logits. 8192 tokens have 4.3 GB, made a part at a time."""
+
+    def logits(tokens: int) -> int:
+        sizes = {"rows": 64, "context": 131072, "dense": 4096}
+        kinds = {"dtype": "float32", "index_cache_dtype": "fp8_e4m3"}
+        return memory_plan.step_bytes(V32, tokens=tokens, **sizes, **kinds)["index logits"]  # type: ignore[arg-type]
+
+    assert logits(512) == pytest.approx(268e6 + 2**25, rel=0.01)
+    assert logits(8192) == 2**30 + 2**25

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Protocol
 
@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 
 from baleen.attention.batch import ForwardBatch, Group, group_batch
-from baleen.attention.kv_pool import KVPool
+from baleen.attention.kv_pool import KVPool, PackedIndex
 from baleen.attention.selection import select
 from baleen.config import ModelConfig
+from baleen.kernels.index_logits import plan_pages
 
 # name of --dsa-prefill-backend / --dsa-decode-backend -> class
-ATTENTION = {"reference": "baleen.attention.reference:ReferenceAttention"}
+ATTENTION = {
+    "reference": "baleen.attention.reference:ReferenceAttention",
+    "flashmla_sparse": "baleen.attention.flashmla:FlashMlaSparse",
+    "flashmla_kv": "baleen.attention.flashmla:FlashMlaKv",
+}
 
 
 class Attention(Protocol):
@@ -57,7 +62,13 @@ class AttentionBackend:
 
     def plan(self, batch: ForwardBatch) -> Metadata:
         """Group the batch; the result is passed back to the other calls of this step."""
-        return Metadata(batch, group_batch(batch))
+        return Metadata(batch, [self._with_pages(group) for group in group_batch(batch)])
+
+    def _with_pages(self, group: Group) -> Group:
+        scored = group.is_decode and group.max_length > self.index_topk
+        if not scored or group.lengths.device.type == "cpu" or not isinstance(self.pool.index[0], PackedIndex):
+            return group
+        return replace(group, pages=plan_pages(group.page_table, group.lengths))
 
     def store(self, layer: int, metadata: Metadata, latent: Tensor, k_pe: Tensor, index_k: Tensor) -> None:
         """Write the step's tokens to the cache. latent [T, 512], k_pe [T, 64], index_k [T, 128]; see `kv_pool`."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from baleen.config import PAGE_SIZE
+from baleen.kernels.index_logits import PagePlan
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Group:
     tokens      [G*Q] int64 rows of the batch, request by request, or a slice where they are consecutive
     page_table  [G, P] int64, P pages hold the longest of them
     lengths     [G*Q] int64, number of tokens that each query token may see: its position + 1
-    max_length  the largest of `lengths`, a host int
+    max_length  the largest of `lengths`, or more: a host int
+    pages       prepared scoring of the index keys in their pages; None: keys are gathered
     """
 
     tokens: Tensor | slice
@@ -48,6 +50,7 @@ class Group:
     max_length: int
     num_queries: int
     is_decode: bool
+    pages: PagePlan | None = None
 
     @property
     def num_requests(self) -> int:
@@ -55,18 +58,20 @@ class Group:
 
 
 def group_batch(batch: ForwardBatch) -> list[Group]:
-    """Split a batch into groups: each prefill chunk alone, decode requests by length.
+    """Split a batch into groups: each prefill chunk alone, decode requests by length on a CPU, as one on a GPU.
 
-    Decode lengths in a group differ by less than a factor of two (or 256 tokens), which bounds the work spent on
-    padding: one request of 131,072 tokens must not make its 63 short neighbours pay for as many.
+    On a CPU decode lengths in a group differ by less than a factor of two (or 256 tokens), which bounds the work spent
+    on padding: one request of 131,072 tokens must not make its 63 short neighbours pay for as many. A GPU's kernels
+    know each row's length.
     """
+    on_cpu = batch.positions.device.type == "cpu"
     order = sorted(range(batch.num_decode), key=lambda r: batch.seq_lens[r])
     groups: list[Group] = []
     start = 0
     while start < len(order):
         end = start + 1
         limit = max(2 * batch.seq_lens[order[start]], batch.seq_lens[order[start]] + 256)
-        while end < len(order) and batch.seq_lens[order[end]] <= limit:
+        while end < len(order) and (not on_cpu or batch.seq_lens[order[end]] <= limit):
             end += 1
         groups.append(_decode_group(batch, order[start:end]))
         start = end

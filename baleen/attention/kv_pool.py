@@ -28,8 +28,11 @@ QUANT_BLOCK = 128
 
 @dataclass(frozen=True)
 class PackedLatent:
-    """Views into the 656-byte rows: values [N, 512] e4m3, scales [N, 4] float32, rope [N, 64] bfloat16."""
+    """The 656-byte rows, uint8 [N, 656], and views into them: values [N, 512] e4m3, scales [N, 4] float32, rope [N, 64]
+    bfloat16.
+    """
 
+    rows: Tensor
     values: Tensor
     scales: Tensor
     rope: Tensor
@@ -39,6 +42,7 @@ class PackedLatent:
         """Views of uint8 rows [N, 656]."""
         scales_end = latent_dim + latent_dim // QUANT_BLOCK * 4
         return cls(
+            rows,
             rows[:, :latent_dim].view(torch.float8_e4m3fn),
             rows[:, latent_dim:scales_end].view(torch.float32),
             rows[:, scales_end:].view(torch.bfloat16),
@@ -135,7 +139,8 @@ class KVPool:
         num_requests = page_table.shape[0]
         if isinstance(keys, PackedIndex):
             return gather_index_fp8(keys.keys, keys.scales, page_table)
-        if num_requests == 1 and _is_run(page_table[0]):
+        # a look at the page table would wait for a GPU
+        if num_requests == 1 and page_table.device.type == "cpu" and _is_run(page_table[0]):
             first = int(page_table[0, 0])
             return keys[first : first + page_table.shape[1]].view(1, -1, self.key_dim), None
         return keys[page_table].view(num_requests, -1, self.key_dim), None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from baleen.attention.absorbed import absorb, head_values, position_slots
 from baleen.attention.batch import Group
 from baleen.attention.kv_pool import KVPool, PackedLatent
 from baleen.attention.selection import selection_mask, visible_positions
@@ -41,15 +42,13 @@ class ReferenceAttention:
         if positions is None:
             positions = visible_positions(group)
         slots = position_slots(group, positions)
-        nope = w_kc.shape[1]
-        q_latent = torch.bmm(q[..., :nope].transpose(0, 1), w_kc).transpose(0, 1)  # [T, H, latent]
-        query = torch.cat([q_latent, q[..., nope:]], dim=-1)
+        query = absorb(q, w_kc)
         rows = self.pool.latent[layer]
         if isinstance(rows, PackedLatent):
             out = sparse_mla_fp8(query, rows.values, rows.scales, rows.rope, slots, self.softmax_scale)
         else:
             out = sparse_mla(query, rows, slots, self.softmax_scale, self.pool.latent_dim)
-        return torch.bmm(out.transpose(0, 1), w_vc).transpose(0, 1)
+        return head_values(out, w_vc)
 
     def _dense(
         self, layer: int, group: Group, q: Tensor, w_kc: Tensor, w_vc: Tensor, positions: Tensor | None
@@ -64,11 +63,3 @@ class ReferenceAttention:
         keys[..., nope:] = k_pe[:, None]
         values = torch.matmul(latent, w_vc).transpose(0, 1)
         return dense_mla(q, keys, values, selection_mask(group, positions), self.softmax_scale)
-
-
-def position_slots(group: Group, positions: Tensor) -> Tensor:
-    """Positions [G*Q, k] -> KV slots [G*Q, k] through the page table; -1 stays -1."""
-    safe = positions.clamp_min(0)
-    shape = (group.num_requests, -1)
-    pages = group.page_table.gather(1, (safe // PAGE_SIZE).view(shape)).view_as(positions)
-    return torch.where(positions < 0, positions, pages * PAGE_SIZE + safe % PAGE_SIZE)

@@ -6,14 +6,17 @@ import torch
 from torch import Tensor
 
 from baleen.attention.batch import Group
-from baleen.attention.kv_pool import KVPool
+from baleen.attention.kv_pool import KVPool, PackedIndex
 from baleen.kernels.fp8_quant import quantize_1x128
 from baleen.kernels.hadamard import hadamard
-from baleen.kernels.index_logits import index_logits
+from baleen.kernels.index_logits import index_logits, paged_index_logits
 from baleen.kernels.topk import topk as topk_positions
 
 # Index keys gathered at once, or those of one request if larger: 64 requests of 16,384 tokens have 512 MiB a layer.
-SCRATCH_BYTES = 16 << 20
+KEY_BYTES = 16 << 20
+
+# Index logits of a prefill chunk made at once: 8192 tokens in a context of 131,072 have 4 GiB.
+LOGITS_BYTES = 1 << 30
 
 
 def select(pool: KVPool, layer: int, group: Group, q: Tensor, weights: Tensor, topk: int) -> Tensor | None:
@@ -28,27 +31,48 @@ def select(pool: KVPool, layer: int, group: Group, q: Tensor, weights: Tensor, t
     """
     if group.max_length <= topk:
         return None
+    if group.pages is not None:
+        keys = pool.index[layer]
+        assert isinstance(keys, PackedIndex)
+        q, weights = _quantized(q, weights)
+        logits = paged_index_logits(q, weights, keys.keys, keys.scales, group.pages)
+        return topk_positions(logits, group.lengths, topk)
     num_queries = group.num_queries
-    step = max(1, SCRATCH_BYTES // (group.page_table.shape[1] * pool.index_page_bytes))
+    lengths = group.lengths.view(-1, num_queries)
+    step = max(1, KEY_BYTES // (group.page_table.shape[1] * pool.index_page_bytes))
     chosen = []
     for first in range(0, group.num_requests, step):
         page_table = group.page_table[first : first + step]
         rows = slice(first * num_queries, (first + step) * num_queries)
-        logits = _logits(pool, layer, page_table, q[rows], weights[rows])
-        chosen.append(topk_positions(logits.flatten(0, 1), group.lengths[rows], topk))
+        requests = lengths[first : first + step]
+        chosen.append(_choose(pool, layer, page_table, q[rows], weights[rows], requests, topk))
     return torch.cat(chosen) if len(chosen) > 1 else chosen[0]
 
 
-def _logits(pool: KVPool, layer: int, page_table: Tensor, q: Tensor, weights: Tensor) -> Tensor:
-    """page_table [G, P]; q, weights as in `select`, the query tokens of these requests -> [G, Q, P*64] float32."""
+def _choose(
+    pool: KVPool, layer: int, page_table: Tensor, q: Tensor, weights: Tensor, lengths: Tensor, topk: int
+) -> Tensor:
+    """page_table [G, P], lengths [G, Q]; q, weights as in `select`, of these requests' queries -> [G*Q, topk]."""
     keys, key_scales = pool.read_index(layer, page_table)
     if key_scales is None:
         q = q.to(keys.dtype)
     else:
-        q, q_scale = quantize_1x128(hadamard(q))
-        weights = weights * q_scale.squeeze(-1)
-    shape = (page_table.shape[0], -1)
-    return index_logits(q.unflatten(0, shape), weights.unflatten(0, shape), keys, key_scales)
+        q, weights = _quantized(q, weights)
+    q, weights = q.unflatten(0, lengths.shape), weights.unflatten(0, lengths.shape)
+    step = max(1, LOGITS_BYTES // (4 * keys.shape[0] * keys.shape[1]))
+    chosen = []
+    for first in range(0, q.shape[1], step):
+        queries = slice(first, first + step)
+        logits = index_logits(q[:, queries], weights[:, queries], keys, key_scales, lengths[:, queries])
+        positions = topk_positions(logits.flatten(0, 1), lengths[:, queries].flatten(), topk)
+        chosen.append(positions.unflatten(0, logits.shape[:2]))
+    return torch.cat(chosen, dim=1).flatten(0, 1) if len(chosen) > 1 else chosen[0].flatten(0, 1)
+
+
+def _quantized(q: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """q [.., D] float -> e4m3 after the Hadamard transform, its scales taken into the weights."""
+    q, q_scale = quantize_1x128(hadamard(q))
+    return q, weights * q_scale.squeeze(-1)
 
 
 def visible_positions(group: Group) -> Tensor:

@@ -4,14 +4,17 @@ attention.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from baleen.attention import selection
-from baleen.attention.backend import AttentionBackend, make_backend
+from baleen.attention.backend import AttentionBackend, Metadata, make_backend
 from baleen.attention.batch import ForwardBatch, group_batch
 from baleen.attention.test_models import small_model
+from baleen.kernels.index_logits import plan_pages
 
 MODEL = small_model()
 HEADS, NOPE, ROPE, VALUE, LATENT = 4, 32, 32, 32, 128
@@ -115,12 +118,10 @@ def test_equals_a_plain_loop(case: str, threshold: int) -> None:
 
 @pytest.mark.parametrize("index", ["float32", "fp8_e4m3"])
 def test_keys_of_few_requests_at_a_time_select_the_same(index: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is gathered at once is bounded by SCRATCH_BYTES; here it holds two requests of the longest group's five."""
+    """What is gathered at once is bounded by KEY_BYTES; here it holds two requests of the longest group's five."""
     requests = Requests([500, 400, 300, 450, 350], [1] * 5)
     _, whole = requests.run(make(requests, threshold=0, index=index))
-    monkeypatch.setattr(
-        selection, "SCRATCH_BYTES", 2 * 8 * 64 * (INDEX_DIM * 4 if index == "float32" else INDEX_DIM + 4)
-    )
+    monkeypatch.setattr(selection, "KEY_BYTES", 2 * 8 * 64 * (INDEX_DIM * 4 if index == "float32" else INDEX_DIM + 4))
     backend = make(requests, threshold=0, index=index)
     gathered: list[int] = []
     read = backend.pool.read_index
@@ -138,6 +139,38 @@ def test_keys_of_few_requests_at_a_time_select_the_same(index: str, monkeypatch:
 
 
 @pytest.mark.parametrize("index", ["float32", "fp8_e4m3"])
+def test_few_rows_of_logits_at_a_time_select_the_same(index: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = Requests([300], [41])
+    _, whole = requests.run(make(requests, threshold=0, index=index))
+    monkeypatch.setattr(selection, "LOGITS_BYTES", 7 * 4 * 320)
+    _, chunked = requests.run(make(requests, threshold=0, index=index))
+    assert whole[0] is not None
+    assert chunked[0] is not None
+    assert torch.equal(whole[0], chunked[0])
+
+
+def test_scoring_the_pages_in_place_selects_the_same() -> None:
+    """As on a GPU: no key is gathered."""
+    requests = Requests([500, 400, 300, 450, 350], [1] * 5)
+    backend = make(requests, threshold=0, index="fp8_e4m3")
+    out, gathered = requests.run(backend)
+    plan = backend.plan
+
+    def planned(batch: ForwardBatch) -> Metadata:
+        metadata = plan(batch)
+        paged = [replace(group, pages=plan_pages(group.page_table, group.lengths)) for group in metadata.groups]
+        return replace(metadata, groups=paged if batch.num_decode else metadata.groups)
+
+    backend.plan = planned  # type: ignore[method-assign]
+    backend.pool.read_index = None  # type: ignore[assignment,method-assign]
+    in_place, selected = requests.run(backend)
+    assert gathered[0] is not None
+    assert selected[0] is not None
+    assert torch.equal(selected[0], gathered[0])
+    assert torch.equal(in_place, out)
+
+
+@pytest.mark.parametrize("index", ["float32", "fp8_e4m3"])
 @pytest.mark.parametrize("kv", ["float32", "bfloat16", "fp8_e4m3"])
 @pytest.mark.parametrize("threshold", [0, 4096])
 def test_what_the_cache_held_before_does_not_show(kv: str, index: str, threshold: int) -> None:
@@ -146,7 +179,8 @@ def test_what_the_cache_held_before_does_not_show(kv: str, index: str, threshold
     clean, _ = requests.run(make(requests, threshold=threshold, kv=kv, index=index))
     backend = make(requests, threshold=threshold, kv=kv, index=index)
     for buffer in (*backend.pool.latent, *backend.pool.index):
-        for part in [buffer] if isinstance(buffer, Tensor) else vars(buffer).values():
+        parts = [buffer] if isinstance(buffer, Tensor) else vars(buffer).values()
+        for part in (part for part in parts if part.dtype != torch.uint8):
             (part.view(torch.int8).fill_(0x7F) if part.dtype == torch.float8_e4m3fn else part.fill_(torch.nan))
     requests.page_table[requests.page_table == 0] = requests.num_pages
     out, _ = requests.run(backend)

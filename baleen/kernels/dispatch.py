@@ -1,6 +1,9 @@
-"""Loads the implementation of an op at its first call and keeps it: one choice per process, one indirection per call.
+"""Loads the implementation of an op at its first call and keeps it: one choice per process and device, one indirection
+per call.
 
-Knows names and import paths only; it must not know any op.
+A CPU always runs the reference, which is written for it; a GPU the first one listed that can be loaded. An
+implementation takes every input of the contract: what its library cannot do it hands to the reference. Knows names and
+import paths only; it must not know any op.
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ from typing import Any
 CHOICES = ("auto", "reference")
 
 _choice = "auto"
+_pinned: Mapping[str, str] = {}
 _ops: list[Op] = []
 
 
 class Op:
-    """One function of an op's folder, bound to an implementation when first called.
+    """One function of an op's folder, bound to an implementation when first called with a tensor on a device.
 
     implementations  name -> "module:function", in order of preference; must hold "reference"
     function         the function's name where it is not the one written there (a folder with several functions lists
@@ -28,18 +32,24 @@ class Op:
     def __init__(self, implementations: Mapping[str, str], function: str | None = None) -> None:
         self._implementations = implementations
         self._function = function
-        self._bound: Callable[..., Any] = self._bind
+        self._bound: dict[str, Callable[..., Any]] = {}  # by device type
         _ops.append(self)
 
     def __call__(self, *args: Any) -> Any:
-        return self._bound(*args)
+        device = args[0].device.type
+        bound = self._bound.get(device)
+        if bound is None:
+            bound = self._bound[device] = self._choose(device)
+        return bound(*args)
 
-    def _bind(self, *args: Any) -> Any:
-        self._bound = self._choose()
-        return self._bound(*args)
-
-    def _choose(self) -> Callable[..., Any]:
-        names = ("reference",) if _choice == "reference" else available(self._implementations)
+    def _choose(self, device: str) -> Callable[..., Any]:
+        folder = self._implementations["reference"].split(":")[0].split(".")[-2:][0]
+        if _choice == "reference" or device == "cpu":
+            names = ["reference"]
+        elif folder in _pinned:
+            names = [_pinned[folder], "reference"]
+        else:
+            names = available(self._implementations)
         for name in names:
             found = find(self._implementations, name, self._function)
             if found is not None:
@@ -48,7 +58,7 @@ class Op:
 
     def forget(self) -> None:
         """Makes the next call choose again."""
-        self._bound = self._bind
+        self._bound = {}
 
 
 def find(implementations: Mapping[str, str], name: str, function: str | None = None) -> Callable[..., Any] | None:
@@ -71,15 +81,16 @@ def available(implementations: Mapping[str, str]) -> list[str]:
     return names
 
 
-def use(choice: str) -> None:
+def use(choice: str, pinned: Mapping[str, str] | None = None) -> None:
     """Sets which implementations this process runs, for every op, from the next call on.
 
-    choice   "reference": the definitions; "auto": of each op the first one listed that this machine can load
+    choice   "reference": the definitions; "auto": on a GPU, of each op the first one listed that can be loaded
+    pinned   op's folder -> the implementation that "auto" takes for it
     Raises:  ValueError if the choice is none of these.
     """
-    global _choice
+    global _choice, _pinned
     if choice not in CHOICES:
         raise ValueError(f"kernels: {choice!r} is none of {', '.join(CHOICES)}")
-    _choice = choice
+    _choice, _pinned = choice, pinned or {}
     for op in _ops:
         op.forget()

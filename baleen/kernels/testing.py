@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from baleen.kernels.dispatch import find
 
@@ -51,21 +51,49 @@ def _word(parameter: Any) -> str:
     return str(getattr(parameter, "__name__", parameter)).removeprefix("torch.").lstrip("_")
 
 
-def check(implementations: Mapping[str, str], name: str, case: Case, oracle: Oracle | None = None) -> None:
+def to_device(arguments: tuple[Any, ...], device: str) -> tuple[Any, ...]:
+    """The same tensors on a device, with their strides, and views of one buffer still views of one.
+
+    The memory that the next allocations there get is full of NaN: an output that a kernel forgets to write shows.
+    """
+    buffers: dict[int, Tensor] = {}
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        storage = leaf.untyped_storage()
+        if storage.data_ptr() not in buffers:
+            buffers[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage).to(device)
+        moved = buffers[storage.data_ptr()].untyped_storage()
+        return torch.empty(0, dtype=leaf.dtype, device=device).set_(
+            moved, leaf.storage_offset(), leaf.shape, leaf.stride()
+        )
+
+    arguments = tree_map(move, arguments)
+    for size in (1 << 12, 1 << 20, 1 << 28):
+        torch.full((size,), 0xFF, dtype=torch.uint8, device=device)
+    return arguments
+
+
+def check(
+    implementations: Mapping[str, str], name: str, case: Case, oracle: Oracle | None = None, device: str = "cpu"
+) -> None:
     """Runs one implementation on one case; AssertionError if it differs from the oracle (None: from the reference).
 
     Outputs are compared, and the arguments as they are afterwards: what an op stores shows there, and nothing else may.
-    An implementation that does not define the case's function has nothing to show.
+    An implementation that does not define the case's function has nothing to show. The oracle runs on the CPU.
     """
     function = find(implementations, name, case.function)
     expected_by = oracle or find(implementations, "reference", case.function)
     if function is None or expected_by is None:
         return
     arguments, expected_arguments = case.arguments(), case.arguments()
+    if device != "cpu":
+        arguments = to_device(arguments, device)
     output, expected = function(*arguments), expected_by(*expected_arguments)
     for got, want in zip(tree_leaves((output, arguments)), tree_leaves((expected, expected_arguments)), strict=True):
         if isinstance(got, Tensor):
-            assert_close(got, torch.as_tensor(want), case.rtol, case.atol)
+            assert_close(got.cpu(), torch.as_tensor(want), case.rtol, case.atol)
 
 
 def assert_close(got: Tensor, want: Tensor, rtol: float, atol: float) -> None:

@@ -18,7 +18,7 @@ from baleen.attention.backend import AttentionBackend, Metadata
 from baleen.config import ModelConfig
 from baleen.kernels.rms_norm import add_rms_norm
 from baleen.kernels.rope import rope_table, yarn_table
-from baleen.model.layers import Embedding, Linear, RMSNorm
+from baleen.model.layers import Embedding, Linear, Precision, RMSNorm
 from baleen.model.mla import MlaAttention
 from baleen.model.moe import Mlp, MoE
 from baleen.model.weights import Target
@@ -27,13 +27,13 @@ from baleen.model.weights import Target
 class DecoderLayer(nn.Module):
     """norm, attention, norm, MLP or MoE; the residual is carried unnormalised beside the hidden states."""
 
-    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, *, moe: bool) -> None:
+    def __init__(self, config: ModelConfig, layer: int, precision: Precision, *, moe: bool) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
         self.input_layernorm = RMSNorm(config.hidden_size, self.eps)
-        self.self_attn = MlaAttention(config, layer, dtype)
+        self.self_attn = MlaAttention(config, layer, precision)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, self.eps)
-        self.mlp = MoE(config, dtype) if moe else Mlp(config, config.intermediate_size, dtype)
+        self.mlp = MoE(config, precision) if moe else Mlp(config, config.intermediate_size, precision)
 
     def forward(
         self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, backend: AttentionBackend, metadata: Metadata
@@ -57,12 +57,12 @@ class MtpLayer(nn.Module):
     Embedding and head are the model's own, so the checkpoint's copies are not kept.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = Linear(2 * config.hidden_size, {"eh_proj": config.hidden_size}, fp8=False, dtype=dtype)
-        self.layer = DecoderLayer(config, 0, dtype, moe=True)
+        self.eh_proj = Linear(2 * config.hidden_size, {"eh_proj": config.hidden_size}, fp8=False, precision=precision)
+        self.layer = DecoderLayer(config, 0, precision, moe=True)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def targets(self, prefix: str) -> Iterator[Target]:
@@ -74,26 +74,29 @@ class MtpLayer(nn.Module):
 
 
 class DeepseekV32ForCausalLM(nn.Module):
-    """The whole network. Parameters are empty until `weights.load_weights` fills the targets."""
+    """The whole network, on torch's default device. Parameters are empty until `weights.load_weights` fills them."""
 
     cos: Tensor
     sin: Tensor
     # what a checkpoint may hold and the model leaves: MTP's copies of embedding and head, buffers of old exports
     ignored = ("*.shared_head.head.weight", "model.layers.*.embed_tokens.weight", "*.rotary_emb.inv_freq")
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, max_positions: int) -> None:
+    def __init__(self, config: ModelConfig, precision: Precision, max_positions: int) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
-        layers = (DecoderLayer(config, i, dtype, moe=config.is_moe_layer(i)) for i in range(config.num_hidden_layers))
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, precision.dtype)
+        layers = [
+            DecoderLayer(config, i, precision, moe=config.is_moe_layer(i)) for i in range(config.num_hidden_layers)
+        ]
         self.layers = cast("Sequence[DecoderLayer]", nn.ModuleList(layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Embedding(config.vocab_size, config.hidden_size, dtype)
-        mtp = (MtpLayer(config, dtype) for _ in range(config.num_nextn_predict_layers))
+        self.lm_head = Embedding(config.vocab_size, config.hidden_size, precision.dtype)
+        mtp = (MtpLayer(config, precision) for _ in range(config.num_nextn_predict_layers))
         self.mtp = cast("Sequence[MtpLayer]", nn.ModuleList(mtp))
-        cos, sin = _rope_tables(config, max_positions)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        with torch.device("cpu"):  # the same table everywhere
+            cos, sin = _rope_tables(config, max_positions)
+        self.register_buffer("cos", cos.to(self.lm_head.weight.device), persistent=False)
+        self.register_buffer("sin", sin.to(self.lm_head.weight.device), persistent=False)
 
     def forward(self, ids: Tensor, positions: Tensor, backend: AttentionBackend, metadata: Metadata) -> Tensor:
         """ids, positions [T] int64 -> hidden states after the final norm [T, hidden]."""

@@ -13,7 +13,7 @@ from torch.nn.functional import layer_norm
 
 from baleen.config import ModelConfig
 from baleen.kernels.rope import rope_half
-from baleen.model.layers import Linear, weight
+from baleen.model.layers import Linear, Precision, weight
 from baleen.model.weights import Target
 
 KEY_NORM_EPS = 1e-6  # fixed by the model, apart from rms_norm_eps
@@ -25,7 +25,7 @@ class Indexer(nn.Module):
     A head is [rope | rest]: rope comes first here and last in MLA, and pairs dimension i with i + 32 (`rope_half`).
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
         self.num_heads = config.index_n_heads
         self.head_dim = config.index_head_dim
@@ -33,7 +33,7 @@ class Indexer(nn.Module):
         self.k_norm_weight = weight(self.head_dim)
         self.k_norm_bias = weight(self.head_dim)
         # bfloat16 in the checkpoint even when the rest is FP8: a gate decides between near-equal tokens
-        self.weights_proj = Linear(config.hidden_size, {"weights_proj": self.num_heads}, fp8=False, dtype=dtype)
+        self.weights_proj = Linear(config.hidden_size, {"weights_proj": self.num_heads}, fp8=False, precision=precision)
         self.gate_scale = self.num_heads**-0.5 * self.head_dim**-0.5
 
     def keys(self, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

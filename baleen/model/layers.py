@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from baleen.kernels.fp8_gemm import fp8_linear_dequantized
+from baleen.kernels.fp8_gemm import fp8_gemm, fp8_linear_dequantized
 from baleen.kernels.rms_norm import rms_norm
+from baleen.model.quant import BLOCK, SCALE_SUFFIX, scale_shape
 from baleen.model.weights import Target
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the model computes in.
+
+    dtype     weights and activations
+    keep_fp8  the FP8 weights of an FP8 checkpoint stay as stored, for a device that multiplies FP8; else they are
+              dequantised to `dtype` at load, which gives the same numbers
+    """
+
+    dtype: torch.dtype
+    keep_fp8: bool = False
 
 
 def weight(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -22,26 +37,44 @@ class Linear(nn.Module):
     """y = x W^T, for one checkpoint tensor or several stacked on the output axis.
 
     parts   name -> rows, in order; `targets` gives each name its slice of the weight
-    fp8     the checkpoint holds e4m3 blocks: x is quantised 1x128 as the released model does, the weight was
-            dequantised at load
+    fp8     the checkpoint holds e4m3 blocks: x is quantised 1x128 as the released model does. The weight is kept so if
+            `precision` says it and each part begins with a block of its own; else it was dequantised at load
     """
 
-    def __init__(self, in_features: int, parts: dict[str, int], *, fp8: bool, dtype: torch.dtype) -> None:
+    def __init__(self, in_features: int, parts: dict[str, int], *, fp8: bool, precision: Precision) -> None:
         super().__init__()
         self.parts = parts
         self.fp8 = fp8
-        self.weight = weight(sum(parts.values()), in_features, dtype=dtype)
+        rows = sum(parts.values())
+        self.scale: nn.Parameter | None = None
+        if fp8 and precision.keep_fp8 and not any(size % BLOCK for size in [*parts.values()][:-1]):
+            self.weight = weight(rows, in_features, dtype=torch.float8_e4m3fn)
+            self.scale = weight(*scale_shape((rows, in_features)))
+        else:
+            self.weight = weight(rows, in_features, dtype=precision.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
+        if self.scale is not None:
+            return fp8_gemm(x, self.weight, self.scale)
         return fp8_linear_dequantized(x, self.weight) if self.fp8 else linear(x, self.weight)
 
     def targets(self, prefix: str) -> Iterator[Target]:
         row = 0
         for name, rows in self.parts.items():
             dest = self.weight.data[row : row + rows]
-            yield Target(f"{prefix}{name}.weight", tuple(dest.shape), dest, "linear" if self.fp8 else "plain")
+            if self.scale is None:
+                yield Target(f"{prefix}{name}.weight", tuple(dest.shape), dest, "linear" if self.fp8 else "plain")
+            else:
+                blocks = scale_shape((row + rows, self.weight.shape[1]))[0]
+                yield from block_targets(f"{prefix}{name}.weight", dest, self.scale.data[row // BLOCK : blocks])
             row += rows
+
+
+def block_targets(name: str, dest: Tensor, scale: Tensor) -> Iterator[Target]:
+    """A weight that stays FP8, and its scales."""
+    yield Target(name, tuple(dest.shape), dest, "plain")
+    yield Target(name + SCALE_SUFFIX, tuple(scale.shape), scale, "plain")
 
 
 class RMSNorm(nn.Module):

@@ -12,18 +12,18 @@ from baleen.attention.backend import AttentionBackend, Metadata
 from baleen.config import ModelConfig
 from baleen.kernels.rope import rope_interleaved
 from baleen.model.indexer import Indexer
-from baleen.model.layers import Linear, RMSNorm, weight
+from baleen.model.layers import Linear, Precision, RMSNorm, weight
 from baleen.model.weights import Target
 
 
 class MlaAttention(nn.Module):
     """One attention block. A head's query is [nope | rope], rope last, pairs interleaved (`rope_interleaved`).
 
-    qkv_a  one GEMM over x: q_a_proj | kv_a_proj_with_mqa | indexer.wk
+    qkv_a  one GEMM over x: q_a_proj | indexer.wk | kv_a_proj_with_mqa, the one of no whole FP8 blocks last
     q_b    one GEMM over the normed q latent: q_b_proj | indexer.wq_b
     """
 
-    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, layer: int, precision: Precision) -> None:
         super().__init__()
         self.layer = layer
         self.q_lora_rank, self.kv_lora_rank = config.q_lora_rank, config.kv_lora_rank
@@ -39,11 +39,11 @@ class MlaAttention(nn.Module):
             config.hidden_size,
             {
                 "q_a_proj": self.q_lora_rank,
-                "kv_a_proj_with_mqa": self.kv_lora_rank + self.rope_dim,
                 "indexer.wk": self.index_key_dim,
+                "kv_a_proj_with_mqa": self.kv_lora_rank + self.rope_dim,
             },
             fp8=fp8,
-            dtype=dtype,
+            precision=precision,
         )
         self.q_a_layernorm = RMSNorm(self.q_lora_rank, config.rms_norm_eps)
         self.kv_a_layernorm = RMSNorm(self.kv_lora_rank, config.rms_norm_eps)
@@ -52,18 +52,18 @@ class MlaAttention(nn.Module):
             self.q_lora_rank,
             {"q_b_proj": self.q_dim, "indexer.wq_b": config.index_n_heads * config.index_head_dim},
             fp8=fp8,
-            dtype=dtype,
+            precision=precision,
         )
         # kv_b_proj [H, nope + v, latent]; its halves are used per head and never quantised at run time
-        self.kv_b_proj = weight(self.num_heads, self.nope_dim + self.v_dim, self.kv_lora_rank, dtype=dtype)
+        self.kv_b_proj = weight(self.num_heads, self.nope_dim + self.v_dim, self.kv_lora_rank, dtype=precision.dtype)
         self.kv_b_kind: Literal["linear", "plain"] = "linear" if fp8 else "plain"
-        self.o_proj = Linear(self.num_heads * self.v_dim, {"o_proj": config.hidden_size}, fp8=fp8, dtype=dtype)
-        self.indexer = Indexer(config, dtype)
+        self.o_proj = Linear(self.num_heads * self.v_dim, {"o_proj": config.hidden_size}, fp8=fp8, precision=precision)
+        self.indexer = Indexer(config, precision)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, backend: AttentionBackend, metadata: Metadata) -> Tensor:
         """x [T, hidden] after the input norm; cos, sin [T, rope/2] -> [T, hidden]."""
-        q_latent, latent, k_pe, index_k = self.qkv_a(x).split(
-            [self.q_lora_rank, self.kv_lora_rank, self.rope_dim, self.index_key_dim], dim=-1
+        q_latent, index_k, latent, k_pe = self.qkv_a(x).split(
+            [self.q_lora_rank, self.index_key_dim, self.kv_lora_rank, self.rope_dim], dim=-1
         )
         backend.store(
             self.layer,

@@ -10,22 +10,24 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from baleen.config import ModelConfig
+from baleen.kernels.fp8_experts import fp8_experts
 from baleen.kernels.fp8_quant import round_1x128
 from baleen.kernels.grouped_gemm import grouped_gemm, silu_and_mul
 from baleen.kernels.moe_gate import moe_gate
-from baleen.model.layers import Linear, weight
+from baleen.model.layers import Linear, Precision, block_targets, weight
+from baleen.model.quant import BLOCK, scale_shape
 from baleen.model.weights import Target
 
 
 class Mlp(nn.Module):
     """down(silu(gate(x)) * up(x)); the dense layers and the shared expert."""
 
-    def __init__(self, config: ModelConfig, intermediate_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, intermediate_size: int, precision: Precision) -> None:
         super().__init__()
         fp8 = config.quantization is not None
         parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
-        self.gate_up = Linear(config.hidden_size, parts, fp8=fp8, dtype=dtype)
-        self.down_proj = Linear(intermediate_size, {"down_proj": config.hidden_size}, fp8=fp8, dtype=dtype)
+        self.gate_up = Linear(config.hidden_size, parts, fp8=fp8, precision=precision)
+        self.down_proj = Linear(intermediate_size, {"down_proj": config.hidden_size}, fp8=fp8, precision=precision)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
@@ -37,18 +39,27 @@ class Mlp(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts of one layer, all on this device."""
+    """The routed experts of one layer, all on this device. FP8 weights are kept as `Linear` keeps them."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
         self.num_experts, self.width = config.n_routed_experts, config.moe_intermediate_size
         self.fp8 = config.quantization is not None
         hidden = config.hidden_size
+        self.keeps_fp8 = self.fp8 and precision.keep_fp8 and self.width % BLOCK == 0
+        dtype = torch.float8_e4m3fn if self.keeps_fp8 else precision.dtype
         self.gate_up = weight(self.num_experts, 2 * self.width, hidden, dtype=dtype)
         self.down = weight(self.num_experts, hidden, self.width, dtype=dtype)
+        if self.keeps_fp8:
+            self.gate_up_scale = weight(self.num_experts, *scale_shape((2 * self.width, hidden)))
+            self.down_scale = weight(self.num_experts, *scale_shape((hidden, self.width)))
 
     def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
         """x [T, hidden], expert_ids [T, k] int64, expert_weights [T, k] float32 -> weighted sum over k, [T, hidden]."""
+        if self.keeps_fp8:
+            return fp8_experts(
+                x, expert_ids, expert_weights, self.gate_up, self.gate_up_scale, self.down, self.down_scale
+            )
         if self.fp8:
             x = round_1x128(x)
         top_k = expert_ids.shape[1]
@@ -65,19 +76,22 @@ class Experts(nn.Module):
 
     def targets(self, prefix: str) -> Iterator[Target]:
         kind: Literal["linear", "plain"] = "linear" if self.fp8 else "plain"
+        half, blocks = self.width, self.width // BLOCK
         for e in range(self.num_experts):
-            for name, dest in (
-                ("gate_proj", self.gate_up.data[e, : self.width]),
-                ("up_proj", self.gate_up.data[e, self.width :]),
-                ("down_proj", self.down.data[e]),
-            ):
-                yield Target(f"{prefix}{e}.{name}.weight", tuple(dest.shape), dest, kind)
+            names = [f"{prefix}{e}.{name}_proj.weight" for name in ("gate", "up", "down")]
+            dests = [self.gate_up.data[e, :half], self.gate_up.data[e, half:], self.down.data[e]]
+            if not self.keeps_fp8:
+                yield from (Target(name, tuple(dest.shape), dest, kind) for name, dest in zip(names, dests))
+                continue
+            gate_up = self.gate_up_scale.data[e]
+            for name, dest, scale in zip(names, dests, (gate_up[:blocks], gate_up[blocks:], self.down_scale.data[e])):
+                yield from block_targets(name, dest, scale)
 
 
 class MoE(nn.Module):
     """Router, routed experts and the always-on shared expert."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
         self.n_group, self.topk_group, self.top_k = config.n_group, config.topk_group, config.num_experts_per_tok
         self.routed_scaling_factor = config.routed_scaling_factor
@@ -85,8 +99,8 @@ class MoE(nn.Module):
         # routing decides in float32: near-equal experts must not swap with the compute type
         self.gate = weight(config.n_routed_experts, config.hidden_size)
         self.bias = weight(config.n_routed_experts)
-        self.experts = Experts(config, dtype)
-        self.shared_experts = Mlp(config, config.moe_intermediate_size * config.n_shared_experts, dtype)
+        self.experts = Experts(config, precision)
+        self.shared_experts = Mlp(config, config.moe_intermediate_size * config.n_shared_experts, precision)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden] -> [T, hidden]."""

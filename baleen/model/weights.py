@@ -7,9 +7,10 @@ after shard in file order.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,10 +19,12 @@ from typing import Literal, Protocol
 import torch
 from tqdm import tqdm
 
-from baleen.model.quant import BLOCK, dequantize_rows, find_scale, read_scale
+from baleen.model.quant import BLOCK, SCALE_SUFFIX, dequantize_rows, find_scale, read_scale
 from baleen.model.shards import ShardReader, StoredTensor, WeightError, open_checkpoint
 
 __all__ = ["CheckpointModel", "LoadReport", "Target", "WeightError", "fill_randomly", "load_weights"]
+
+FP8_STD = 32.0  # of random FP8 values
 
 
 @dataclass(eq=False, slots=True)
@@ -93,21 +96,35 @@ def load_weights(model: CheckpointModel, folder: Path, *, progress: bool = True)
     with torch.no_grad(), ShardReader() as reader, bar:
         for load in sorted(loads, key=lambda load: (load.stored.path, load.stored.offset)):
             _load(load, reader, bar)
-    return LoadReport(time.monotonic() - started, num_bytes, len(loads), optional_loaded)
+    num_tensors = sum(not load.stored.name.endswith(SCALE_SUFFIX) for load in loads)
+    return LoadReport(time.monotonic() - started, num_bytes, num_tensors, optional_loaded)
 
 
 def fill_randomly(model: CheckpointModel, seed: int) -> LoadReport:
     """Random weights in place of a checkpoint (`--load-format dummy`): products keep the size of their input."""
     started = time.monotonic()
-    generator = torch.Generator().manual_seed(seed)
     targets = list(model.checkpoint_tensors())
+    devices = {target.dest.device for target in targets}
+    generators = {device: torch.Generator(device).manual_seed(seed) for device in devices}
     with torch.no_grad():
         for target in targets:
-            if len(target.shape) == 1:
-                target.dest.fill_(0.0 if target.name.endswith("bias") else 1.0)
-            else:
-                target.dest.normal_(std=target.shape[-1] ** -0.5, generator=generator)
+            _fill(target, generators)
     return LoadReport(time.monotonic() - started, 0, len(targets), True)
+
+
+def _fill(target: Target, generators: Mapping[torch.device, torch.Generator]) -> None:
+    dest = target.dest
+    generator = generators[dest.device]
+    if len(target.shape) == 1:
+        dest.fill_(0.0 if target.name.endswith("bias") else 1.0)
+    elif target.name.endswith(SCALE_SUFFIX):
+        # one power of two for the whole weight, as wide as `shape[-1]` blocks
+        dest.fill_(2.0 ** round(math.log2((target.shape[-1] * BLOCK) ** -0.5 / FP8_STD)))
+    elif dest.dtype == torch.float8_e4m3fn:
+        values = torch.empty(dest.shape, dtype=torch.bfloat16, device=dest.device)
+        dest.copy_(values.normal_(std=FP8_STD, generator=generator).clamp_(-448, 448))
+    else:
+        dest.normal_(std=target.shape[-1] ** -0.5, generator=generator)
 
 
 def _match(
@@ -167,12 +184,18 @@ def _listed(names: Sequence[str]) -> str:
 
 def _load(load: _Load, reader: ShardReader, bar: tqdm) -> None:
     stored, dest = load.stored, load.target.dest
+    if stored.name.endswith(SCALE_SUFFIX):
+        dest.copy_(read_scale(reader, stored))
+        bar.update(stored.num_bytes)
+        return
     scale = None
     if load.scale is not None:
-        scale = read_scale(reader, load.scale)
+        scale = read_scale(reader, load.scale).to(dest.device)
         bar.update(load.scale.num_bytes)
     # Whole scale blocks: the rows of one multiplier are not split.
     for first, last in stored.row_blocks(BLOCK if scale is not None else 1):
         rows = reader.rows(stored, first, last)
-        dest[first:last].copy_(rows if scale is None else dequantize_rows(rows, scale, first))
         bar.update(rows.nbytes)
+        if scale is not None:
+            rows = dequantize_rows(rows.to(dest.device), scale, first)
+        dest[first:last].copy_(rows)

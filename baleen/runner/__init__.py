@@ -1,7 +1,8 @@
 """A ScheduledBatch -> tokens on one rank.
 
-inputs.py        request slots (page tables, last ids) and the tensors of a step; the only host-to-device copies
-model_runner.py  owns model, KV pool, backend and sampler; `execute(batch) -> StepOutput`
+inputs.py         request slots (page tables, last ids) and the tensors of a step
+decode_graphs.py  CUDA graphs of the decode step
+model_runner.py   owns model, KV pool, backend, sampler and grammar masks; `execute(batch).wait() -> StepOutput`
 
 May import config, messages, model, attention, sampling and kernels.
 """

@@ -1,6 +1,9 @@
-"""ScheduledBatch -> device tensors."""
+"""ScheduledBatch -> device tensors. Nothing here waits for the device."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,20 +13,28 @@ from baleen.config import PAGE_SIZE
 from baleen.messages import ScheduledBatch, ScheduledRow
 
 
-class RequestSlots:
-    """What the runner remembers of each running request between steps.
+def upload(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Ints, or rows of them, as int64 on the device: from pinned memory, which torch keeps until it is read."""
+    host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
-    page_table  [max_running_requests, max_pages] int64 page ids, in order of position; entries past `num_pages[slot]`
-                are stale: pages of earlier requests, or 0
-    last_ids    [max_running_requests] int64, the id last sampled in the slot; it stays on the device
+
+class RequestSlots:
+    """What the runner remembers of each running request between steps. One slot more than there can be requests,
+    `padding`, stays as it is: all its pages are page 0.
+
+    page_table  [max_running_requests + 1, max_pages] int64 page ids, in order of position; entries past
+                `num_pages[slot]` are stale: pages of earlier requests, or 0
+    last_ids    [max_running_requests + 1] int64, the id last sampled in the slot; it stays on the device
     """
 
     def __init__(self, max_running_requests: int, context_length: int, device: torch.device) -> None:
         self.device = device
+        self.padding = max_running_requests
         max_pages = -(-context_length // PAGE_SIZE)
-        self.page_table = torch.zeros(max_running_requests, max_pages, dtype=torch.int64, device=device)
+        self.page_table = torch.zeros(max_running_requests + 1, max_pages, dtype=torch.int64, device=device)
         self.num_pages = [0] * max_running_requests
-        self.last_ids = torch.zeros(max_running_requests, dtype=torch.int64, device=device)
+        self.last_ids = torch.zeros(max_running_requests + 1, dtype=torch.int64, device=device)
 
     def update(self, row: ScheduledRow) -> None:
         """Open the slot if the row does, and append its new pages."""
@@ -38,50 +49,66 @@ class RequestSlots:
         last = first + len(pages)
         if last > self.page_table.shape[1]:
             raise ValueError(f"slot {slot} is given page {last} of at most {self.page_table.shape[1]}")
-        self.page_table[slot, first:last] = torch.tensor(pages, dtype=torch.int64)
+        if pages:
+            self.page_table[slot, first:last] = upload(pages, self.device)
         self.num_pages[slot] = last
 
     def forward_batch(self, batch: ScheduledBatch) -> ForwardBatch:
         """The tensors of a step; `update` has been called for each row."""
         rows = batch.rows
+        slots, starts = upload([[row.slot for row in rows], [row.start for row in rows]], self.device)
+        seq_lens = [row.start + row.num_tokens for row in rows]
+        if not any(row.token_ids for row in rows):
+            return self.decode_batch(slots, starts, seq_lens)
         num_decode = 0
         while num_decode < len(rows) and rows[num_decode].num_tokens == 1:
             num_decode += 1
-        slots = torch.tensor([row.slot for row in rows], device=self.device)
-        positions = torch.tensor([row.start for row in rows], device=self.device)
-        row_of_token = None
-        if any(row.token_ids for row in rows):
-            q_lens = torch.tensor([row.num_tokens for row in rows], device=self.device)
-            row_of_token = torch.repeat_interleave(q_lens)
-            starts = q_lens.cumsum(0) - q_lens
-            positions = torch.arange(row_of_token.shape[0], device=self.device) - (starts - positions)[row_of_token]
-        seq_lens = [row.start + row.num_tokens for row in rows]
-        width = max(1, -(-max(seq_lens) // PAGE_SIZE))
-        page_table = self.page_table[slots, :width]
-        of_token = torch.arange(len(rows), device=self.device) if row_of_token is None else row_of_token
-        pages = page_table[of_token, positions // PAGE_SIZE]
+        q_lens = [row.num_tokens for row in rows]
+        lens = upload(q_lens, self.device)
+        row_of_token = torch.repeat_interleave(lens, output_size=sum(q_lens))
+        firsts = lens.cumsum(0) - lens
+        positions = torch.arange(row_of_token.shape[0], device=self.device) - (firsts - starts)[row_of_token]
+        page_table = self._pages(slots, seq_lens)
+        pages = page_table[row_of_token, positions // PAGE_SIZE]
         return ForwardBatch(
-            ids=self._ids(batch, slots),
+            ids=self._ids(batch),
             positions=positions,
             slots=pages * PAGE_SIZE + positions % PAGE_SIZE,
             page_table=page_table,
-            q_lens=[row.num_tokens for row in rows],
+            q_lens=q_lens,
             seq_lens=seq_lens,
             num_decode=num_decode,
         )
 
-    def _ids(self, batch: ScheduledBatch, slots: Tensor) -> Tensor:
-        if not any(row.token_ids for row in batch.rows):
-            return self.last_ids[slots]
+    def decode_batch(self, slots: Tensor, positions: Tensor, seq_lens: list[int]) -> ForwardBatch:
+        """The step that computes the last sampled token of each slot.
+
+        slots, positions [R] int64 on the device; seq_lens R host ints, positions + 1 or more
+        """
+        page_table = self._pages(slots, seq_lens)
+        pages = page_table.gather(1, positions[:, None] // PAGE_SIZE)[:, 0]
+        return ForwardBatch(
+            ids=self.last_ids[slots],
+            positions=positions,
+            slots=pages * PAGE_SIZE + positions % PAGE_SIZE,
+            page_table=page_table,
+            q_lens=[1] * len(seq_lens),
+            seq_lens=seq_lens,
+            num_decode=len(seq_lens),
+        )
+
+    def _pages(self, slots: Tensor, seq_lens: list[int]) -> Tensor:
+        return self.page_table[slots, : max(1, -(-max(seq_lens) // PAGE_SIZE))]
+
+    def _ids(self, batch: ScheduledBatch) -> Tensor:
         known: list[int] = []
-        sampled_at: list[int] = []
-        sampled_slot: list[int] = []
+        sampled: list[tuple[int, int]] = []  # place, slot
         for row in batch.rows:
             if not row.token_ids:
-                sampled_at.append(len(known))
-                sampled_slot.append(row.slot)
+                sampled.append((len(known), row.slot))
             known.extend(row.token_ids or (0,))
-        ids = torch.tensor(known, dtype=torch.int64, device=self.device)
-        if sampled_at:
-            ids[sampled_at] = self.last_ids[sampled_slot]
+        ids = upload(known, self.device)
+        if sampled:
+            places, slots = upload(sampled, self.device).unbind(1)
+            ids.index_copy_(0, places, self.last_ids[slots])
         return ids

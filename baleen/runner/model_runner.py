@@ -3,20 +3,87 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from baleen.attention.backend import make_backend
-from baleen.config import Config
+from baleen.config import FASTEST, Config
 from baleen.kernels import dispatch
-from baleen.messages import OpenSlot, ScheduledBatch, StepOutput
+from baleen.messages import OpenSlot, RowError, ScheduledBatch, StepOutput, TokenLogprobs
 from baleen.model.deepseek_v32 import DeepseekV32ForCausalLM
+from baleen.model.layers import Precision
 from baleen.model.weights import fill_randomly, load_weights
-from baleen.runner.inputs import RequestSlots
+from baleen.runner.decode_graphs import DecodeGraphs
+from baleen.runner.inputs import RequestSlots, upload
 from baleen.sampling.grammar import GrammarMasks
 from baleen.sampling.grammar_compiler import GrammarCompiler
 from baleen.sampling.sampler import Sampler
+
+
+class ForwardTimer:
+    """Seconds of a forward: on a GPU between two events of its stream, on a CPU by the host's clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._started = self._seconds = 0.0
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+        if self._events:
+            self._events[0].record()
+
+    def stop(self) -> None:
+        self._seconds = time.perf_counter() - self._started
+        if self._events:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """After `stop`; waits for the device."""
+        if not self._events:
+            return self._seconds
+        self._events[1].synchronize()
+        return self._events[0].elapsed_time(self._events[1]) / 1000
+
+
+class LaunchedStep:
+    """A step that was started. The ids it samples come to the host by themselves; who wants them waits here, on any
+    thread, and the next step may be started before.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        ids: Tensor | None,
+        logprobs: tuple[TokenLogprobs | None, ...],
+        prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...],
+        errors: tuple[RowError, ...],
+        done: Callable[[], None],
+    ) -> None:
+        """ids [R] int64 on the device, None if no row samples; done: called in `wait`, when the step has ended."""
+        self._rest = step, logprobs, prompt_logprobs, errors
+        self._done = done
+        self._host, self._arrived = ids, None
+        if ids is not None and ids.device.type == "cuda":
+            self._host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+            self._host.copy_(ids, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def ids(self) -> tuple[int, ...]:
+        """The sampled ids, once they are here."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return () if self._host is None else tuple(self._host.tolist())
+
+    def wait(self) -> StepOutput:
+        """What the step gave, once it has ended."""
+        ids = self.ids()
+        self._done()
+        step, logprobs, prompt_logprobs, errors = self._rest
+        return StepOutput(step, ids, logprobs, prompt_logprobs, errors)
 
 
 class ModelRunner:
@@ -24,17 +91,21 @@ class ModelRunner:
     scheduled.
 
     compiler         has compiled the grammar of every request that comes; None if none has one
-    forward_seconds  time spent in `execute`'s model forward since start (host clock), for benchmarks and /server_info
+    forward_seconds  time of the model's forwards since start, for benchmarks and /server_info
     """
 
     def __init__(self, config: Config, compiler: GrammarCompiler | None = None, *, progress: bool = False) -> None:
-        dispatch.use(config.attention.kernels)
+        attention = config.attention
+        pinned = {"topk": attention.topk_backend, "fp8_experts": attention.moe_runner_backend}
+        pinned = {op: name for op, name in pinned.items() if name != FASTEST}
+        dispatch.use("auto" if attention.kernels == FASTEST else "reference", pinned)
         self.device = torch.device(config.load.device)
         self.num_pages = config.cache.max_total_tokens // config.cache.page_size
         self.forward_seconds = 0.0
         started = time.monotonic()
-        dtype = getattr(torch, config.load.dtype)
-        self.model = DeepseekV32ForCausalLM(config.model, dtype, config.load.context_length)
+        precision = Precision(getattr(torch, config.load.dtype), keep_fp8=self.device.type == "cuda")
+        with self.device:
+            self.model = DeepseekV32ForCausalLM(config.model, precision, config.load.context_length)
         if config.load.load_format == "dummy":
             report = fill_randomly(self.model, config.load.random_seed)
         else:
@@ -47,9 +118,9 @@ class ModelRunner:
             num_pages=self.num_pages,
             kv_cache_dtype=config.cache.kv_cache_dtype,
             index_cache_dtype=config.cache.index_cache_dtype,
-            prefill=config.attention.prefill_backend,
-            decode=config.attention.decode_backend,
-            dense_prefill_threshold=config.attention.dense_prefill_threshold,
+            prefill=attention.prefill_backend,
+            decode=attention.decode_backend,
+            dense_prefill_threshold=attention.dense_prefill_threshold,
             device=self.device,
         )
         max_running = config.scheduler.max_running_requests
@@ -57,21 +128,54 @@ class ModelRunner:
         self.sampler = Sampler(max_running, config.model.vocab_size, self.device, config.model.eos_token_ids)
         self.grammars = GrammarMasks(max_running, config.model.vocab_size, self.device)
         self._compiler = compiler
+        self._graphs: DecodeGraphs | None = None
+        if self.device.type == "cuda" and not config.scheduler.disable_cuda_graph:
+            self._graphs = DecodeGraphs(
+                self.model,
+                self.backend,
+                self.slots,
+                max_batch=min(max_running, config.scheduler.cuda_graph_max_bs or max_running),
+                context_length=config.load.context_length,
+            )
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> StepOutput:
-        """Run one step and sample the rows that ask for it. Raises nothing for bad logits: such a row samples -1."""
+    def execute(self, batch: ScheduledBatch) -> LaunchedStep:
+        """Start one step and sample the rows that ask for it. Raises nothing for bad logits: such a row samples -1."""
         for row in batch.rows:
             self.slots.update(row)
             if row.open is not None:
                 self._open(row.slot, row.open)
+        sampled = [row for row in batch.rows if row.sample]
+        timer = ForwardTimer(self.device)
+        timer.start()
+        logits, prompt_logprobs = self._forward(batch)
+        timer.stop()
+
+        def done() -> None:
+            self.forward_seconds += timer.seconds()
+
+        if logits is None:
+            return LaunchedStep(batch.step, None, (), prompt_logprobs, (), done)
+        slots = [row.slot for row in sampled]
+        masked, errors = self.grammars.mask(logits, slots)
+        tokens = self.sampler.sample(masked, slots, [row.start + row.num_tokens for row in sampled], logits)
+        # -1 marks bad logits; the step in flight must still find an id
+        self.slots.last_ids.index_copy_(0, upload(slots, self.device), tokens.ids.clamp_min(0))
+        launched = LaunchedStep(batch.step, tokens.ids, tuple(tokens.logprobs or ()), prompt_logprobs, errors, done)
+        self.grammars.advance(slots, launched.ids)
+        return launched
+
+    def _forward(self, batch: ScheduledBatch) -> tuple[Tensor | None, tuple[tuple[TokenLogprobs, ...], ...]]:
+        """Logits [R, vocab] of the rows that sample, None without any, and prompt logprobs of those that want them."""
+        rows = batch.rows
+        if self._graphs is not None and self._graphs.fits(len(rows)) and not any(row.token_ids for row in rows):
+            return self._graphs.logits([row.slot for row in rows], [row.start for row in rows]), ()
         inputs = self.slots.forward_batch(batch)
-        started = time.perf_counter()
         metadata = self.backend.plan(inputs)
         hidden = self.model(inputs.ids, inputs.positions, self.backend, metadata)
-        last, sampled, prompt_logprobs = [], [], []
+        last, prompt_logprobs = [], []
         token = -1
-        for row in batch.rows:
+        for row in rows:
             if row.scored is not None:
                 first = token + 1 + row.scored.start - row.start
                 states = hidden[first : first + len(row.scored.token_ids)]
@@ -81,20 +185,11 @@ class ModelRunner:
             token += row.num_tokens
             if row.sample:
                 last.append(token)
-                sampled.append(row)
-        if not sampled:
-            self.forward_seconds += time.perf_counter() - started
-            return StepOutput(batch.step, (), prompt_logprobs=tuple(prompt_logprobs))
-        logits = self.model.logits(hidden if len(last) == hidden.shape[0] else hidden[last])
-        self.forward_seconds += time.perf_counter() - started
-        slots = [row.slot for row in sampled]
-        masked, errors = self.grammars.mask(logits, slots)
-        tokens = self.sampler.sample(masked, slots, [row.start + row.num_tokens for row in sampled], logits)
-        # -1 marks bad logits; the step in flight must still find an id
-        self.slots.last_ids[slots] = tokens.ids.clamp_min(0)
-        ids = tuple(tokens.ids.tolist())
-        self.grammars.advance(slots, lambda: ids)
-        return StepOutput(batch.step, ids, tuple(tokens.logprobs or ()), tuple(prompt_logprobs), errors)
+        if not last:
+            return None, tuple(prompt_logprobs)
+        if len(last) < hidden.shape[0]:
+            hidden = hidden[upload(last, self.device)]
+        return self.model.logits(hidden), tuple(prompt_logprobs)
 
     def _open(self, slot: int, opened: OpenSlot) -> None:
         self.sampler.open(slot, opened)

@@ -88,10 +88,11 @@ class Sampler:
         flags = self._flags[slot] = self._flags_of(params)
         self._num_top[slot] = params.logprobs or 0
         top_k = self._top_k[slot] = params.top_k if 0 < params.top_k < self._vocab_size else self._vocab_size
-        self._integers[slot] = torch.tensor([noise.stream_of(params.seed or 0), top_k])
+        self._integers[slot] = self._upload([noise.stream_of(params.seed or 0), top_k])[0]
         numbers = [params.temperature, params.top_p, params.min_p]
         numbers += [params.repetition_penalty, params.frequency_penalty, params.presence_penalty]
-        self._numbers[slot] = torch.tensor(numbers, dtype=torch.float64)
+        pinned = self._device.type == "cuda"
+        self._numbers[slot].copy_(torch.tensor(numbers, dtype=torch.float64, pin_memory=pinned), non_blocking=True)
         if flags & _HISTORY:
             self._history.open(slot, opened.history, opened.num_prompt)
         else:

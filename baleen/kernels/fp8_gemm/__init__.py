@@ -6,7 +6,11 @@ from torch import Tensor
 
 from baleen.kernels.dispatch import Op
 
-IMPLEMENTATIONS = {"reference": "baleen.kernels.fp8_gemm.reference:fp8_gemm"}
+IMPLEMENTATIONS = {
+    "deep_gemm": "baleen.kernels.fp8_gemm.deep_gemm:fp8_gemm",
+    "scaled_mm": "baleen.kernels.fp8_gemm.scaled_mm:fp8_gemm",
+    "reference": "baleen.kernels.fp8_gemm.reference:fp8_gemm",
+}
 
 _fp8_gemm = Op(IMPLEMENTATIONS)
 _fp8_linear_dequantized = Op(IMPLEMENTATIONS, "fp8_linear_dequantized")

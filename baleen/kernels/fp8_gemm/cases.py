@@ -18,6 +18,6 @@ def _linear(m: int, n: int, k: int, dtype: torch.dtype, g: torch.Generator) -> t
 # Rounding of float32 sums of up to 576 products of size 10.
 CASES = [
     Case("fp8_gemm", _linear, (m, n, k, dtype), rtol=0.0 if dtype == torch.float32 else 2**-8, atol=2e-4)
-    for m, n, k in ((1, 128, 128), (3, 192, 64), (5, 576, 300), (2, 40, 576))
+    for m, n, k in ((1, 128, 128), (3, 192, 64), (5, 576, 300), (2, 40, 576), (9, 192, 512))
     for dtype in (torch.float32, torch.bfloat16)
 ]

@@ -76,8 +76,10 @@ def widen(values: Tensor) -> Tensor:
     """float8_e4m3fn -> float32 of the same shape, exactly; on a CPU seven times faster than the cast.
 
     The codes moved up by 7 bits, sign to the top, are the float16 of value / 2^8, subnormals included; only NaN, code
-    0x7f, would become 480.
+    0x7f, would become 480. Elsewhere it is the cast: a look at the values would wait for the device.
     """
+    if values.device.type != "cpu":
+        return values.float()
     codes = values.view(torch.int8)
     halves = codes.to(torch.int16).mul_(_CODE_SHIFT).bitwise_and_(_CODE_BITS).view(torch.float16)
     out = halves.float().mul_(2.0**8)

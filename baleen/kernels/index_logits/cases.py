@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from baleen.kernels.kv_store.cases import index_views
 from baleen.kernels.testing import Case
 
 
@@ -16,6 +17,20 @@ def _scores(
     weights = torch.randn(requests, queries, heads, generator=g) * (heads * dim) ** -0.5
     scales = torch.exp2(torch.randint(-3, 3, (requests, keys), generator=g).float()) if scaled else None
     return q.to(dtype), weights, k.to(dtype), scales
+
+
+def paged_inputs(lengths: list[int], heads: int, dim: int, g: torch.Generator) -> tuple[Any, ...]:
+    """q, weights, keys, scales, page table, lengths. Each request's pages lie in any order in a pool with others; the
+    table is as wide as the longest needs."""
+    width = -(-max(lengths) // 64)
+    num_pages = 1 + width * len(lengths)
+    keys, scales = index_views(torch.zeros(num_pages, 64 * (dim + 4), dtype=torch.uint8), dim)
+    keys.copy_(torch.randn(keys.shape, generator=g).to(torch.float8_e4m3fn))
+    scales.copy_(torch.exp2(torch.randint(-3, 3, scales.shape, generator=g).float()))
+    table = 1 + torch.randperm(num_pages - 1, generator=g).view(len(lengths), width)
+    q = torch.randn(len(lengths), heads, dim, generator=g).to(torch.float8_e4m3fn)
+    weights = torch.randn(len(lengths), heads, generator=g) * (heads * dim) ** -0.5
+    return q, weights, keys, scales, table, torch.tensor(lengths)
 
 
 # Rounding of float32 sums of 128 products and 64 heads, with scales up to 4.

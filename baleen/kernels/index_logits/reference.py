@@ -6,13 +6,17 @@ import torch
 from torch import Tensor
 
 from baleen.kernels.fp8_quant.reference import widen
+from baleen.kernels.index_logits import PagePlan
+from baleen.kernels.kv_store.reference import gather_index_fp8
 
 # Products of one chunk, and its keys where FP8 has to be widened.
 SCRATCH_BYTES = 2 << 20
 KEYS_PER_CHUNK = 512
 
 
-def index_logits(q: Tensor, weights: Tensor, keys: Tensor, key_scales: Tensor | None) -> Tensor:
+def index_logits(
+    q: Tensor, weights: Tensor, keys: Tensor, key_scales: Tensor | None, lengths: Tensor | None = None
+) -> Tensor:
     q = _float32(q)
     logits = torch.empty(q.shape[0], q.shape[1], keys.shape[1], dtype=torch.float32, device=q.device)
     if q.shape[1] == 1:
@@ -21,6 +25,15 @@ def index_logits(q: Tensor, weights: Tensor, keys: Tensor, key_scales: Tensor | 
         for request in range(q.shape[0]):
             _many_queries(q[request], weights[request], keys[request], logits[request])
     return logits if key_scales is None else logits.mul_(key_scales.unsqueeze(1))
+
+
+def plan_pages(page_table: Tensor, lengths: Tensor) -> PagePlan:
+    return PagePlan(page_table.int(), lengths.int().unsqueeze(1), None)
+
+
+def paged_index_logits(q: Tensor, weights: Tensor, keys: Tensor, key_scales: Tensor, plan: PagePlan) -> Tensor:
+    gathered, scales = gather_index_fp8(keys, key_scales, plan.page_table)
+    return index_logits(q.unsqueeze(1), weights.unsqueeze(1), gathered, scales).squeeze(1)
 
 
 def _one_query_each(q: Tensor, weights: Tensor, keys: Tensor, logits: Tensor) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baleen.kernels.dispatch import available
+from baleen.kernels.dispatch import available, find
 from baleen.kernels.index_logits import IMPLEMENTATIONS, index_logits, reference
-from baleen.kernels.index_logits.cases import CASES
-from baleen.kernels.testing import Case, check, largest_scratch
+from baleen.kernels.index_logits.cases import CASES, paged_inputs
+from baleen.kernels.testing import Case, check, largest_scratch, to_device
 
 
 def _loops(q: Tensor, weights: Tensor, keys: Tensor, key_scales: Tensor | None) -> np.ndarray:
@@ -27,6 +31,83 @@ def _loops(q: Tensor, weights: Tensor, keys: Tensor, key_scales: Tensor | None) 
 @pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
 def test_against_loops(implementation: str, case: Case) -> None:
     check(IMPLEMENTATIONS, implementation, case, _loops)
+
+
+@pytest.mark.parametrize("lengths", [[1], [64, 130, 65], [700]])
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
+def test_pages_against_loops(implementation: str, lengths: list[int]) -> None:
+    """Every cached token's score, wherever its page lies; past a request's length is anything."""
+    q, weights, keys, scales, table, ends = paged_inputs(lengths, 32, 128, torch.Generator().manual_seed(1))
+    plan = find(IMPLEMENTATIONS, implementation, "plan_pages")
+    scores = find(IMPLEMENTATIONS, implementation, "paged_index_logits")
+    assert plan is not None
+    assert scores is not None
+    got = scores(q, weights, keys, scales, plan(table, ends))
+    for request, length in enumerate(lengths):
+        slots = [(int(table[request, i // 64]), i % 64) for i in range(length)]
+        own = torch.stack([keys[page, offset].float() for page, offset in slots])
+        own_scales = torch.stack([scales[page, offset] for page, offset in slots])
+        expected = _loops(q[request, None, None], weights[request, None, None], own[None], own_scales[None])
+        torch.testing.assert_close(
+            got[request, :length].double(), torch.from_numpy(expected)[0, 0], rtol=1e-5, atol=4e-5
+        )
+
+
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
+def test_columns_before_a_length_are_all_there(implementation: str) -> None:
+    """Two chunks of 70 queries, each query seeing one key more than the one before, over keys of no round number."""
+    g = torch.Generator().manual_seed(2)
+    q, keys = torch.randn(2, 70, 16, 32, generator=g), torch.randn(2, 300, 32, generator=g)
+    weights, scales = torch.randn(2, 70, 16, generator=g) / 20, torch.rand(2, 300, generator=g)
+    lengths = torch.stack([torch.arange(1, 71), torch.arange(231, 301)])
+    arguments = (q.to(torch.float8_e4m3fn), weights, keys.to(torch.float8_e4m3fn), scales)
+    scores = find(IMPLEMENTATIONS, implementation, "index_logits")
+    assert scores is not None
+    visible = torch.arange(300) < lengths[..., None]
+    got, expected = scores(*arguments, lengths)[visible], reference.index_logits(*arguments)[visible]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=4e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("heads", [32, 64])
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
+def test_on_a_gpu_against_the_reference(implementation: str, heads: int) -> None:
+    """Pages and chunks, with memory full of NaN. Hopper's FP8 sums keep about 14 bits, of the largest summand."""
+    pages = paged_inputs([1000, 64, 3001, 1], heads, 128, torch.Generator().manual_seed(3))
+    plan = find(IMPLEMENTATIONS, implementation, "plan_pages")
+    paged, chunk = (find(IMPLEMENTATIONS, implementation, name) for name in ("paged_index_logits", "index_logits"))
+    assert plan is not None
+    assert paged is not None
+    assert chunk is not None
+    expected = reference.paged_index_logits(*pages[:4], reference.plan_pages(*pages[4:]))
+    *operands, table, lengths = to_device(pages, "cuda")
+    got = paged(*operands, plan(table, lengths)).cpu()
+    visible = torch.arange(expected.shape[1]) < pages[5][:, None]
+    tolerance = 1e-3 * float(expected[visible].abs().max())
+    torch.testing.assert_close(got[visible], expected[visible], rtol=0, atol=tolerance)
+
+    g = torch.Generator().manual_seed(4)
+    q, keys = torch.randn(1, 203, heads, 128, generator=g), torch.randn(1, 1033, 128, generator=g)
+    arguments = (q.to(torch.float8_e4m3fn), torch.randn(1, 203, heads, generator=g), keys.to(torch.float8_e4m3fn))
+    arguments += (torch.rand(1, 1033, generator=g), torch.arange(831, 1034).unsqueeze(0))
+    expected = reference.index_logits(*arguments)
+    got = chunk(*to_device(arguments, "cuda")).cpu()
+    visible = torch.arange(1033) < arguments[4][..., None]
+    tolerance = 1e-3 * float(expected[visible].abs().max())
+    torch.testing.assert_close(got[visible], expected[visible], rtol=0, atol=tolerance)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, the kernels run on it")
+def test_triton_kernels_in_its_interpreter() -> None:
+    """The tests of every implementation once more, where Triton interprets its kernels: that is chosen at import."""
+    pytest.importorskip("triton", reason="needs the package triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("this is the inner run")
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton and (loops or length)"]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "passed" in run.stdout
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 600), (40, 600)])

@@ -1,7 +1,7 @@
 """Writes of a step into the paged caches, and reads back of the FP8 layouts. Imports: kernels.{dispatch,fp8_quant}.
 
-The callers own the memory and pass views of it; the byte offsets are theirs. A slot is page * 64 + offset. Slots below
-0 are padding: they are skipped. Slots of one call must differ, else which of the rows stays is open.
+The callers own the memory and pass views of it; the byte offsets are theirs. A slot is page * 64 + offset, never
+below 0: padding has a page of its own. Slots of one call must differ, else which of the rows stays is open.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Inputs of the cache writes and reads: strided views of one buffer as the pool has them, padding slots, no token."""
+"""Inputs of the cache writes and reads: strided views of one buffer as the pool has them; no token too."""
 
 from __future__ import annotations
 
@@ -29,18 +29,13 @@ def index_views(pages: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return keys, pages[:, PAGE_SIZE * dim :].view(torch.float32)
 
 
-def _slots(count: int, padded: bool, g: torch.Generator) -> Tensor:
-    slots = torch.randperm(NUM_PAGES * PAGE_SIZE, generator=g)[:count]
-    if padded:
-        slots[::3] = -1
-    return slots
+def _slots(count: int, g: torch.Generator) -> Tensor:
+    return torch.randperm(NUM_PAGES * PAGE_SIZE, generator=g)[:count]
 
 
-def _rows(
-    count: int, dim: int, padded: bool, dtype: torch.dtype, src_dtype: torch.dtype, g: torch.Generator
-) -> tuple[Any, ...]:
+def _rows(count: int, dim: int, dtype: torch.dtype, src_dtype: torch.dtype, g: torch.Generator) -> tuple[Any, ...]:
     pool = torch.randn(NUM_PAGES * PAGE_SIZE, dim + 8, generator=g).to(dtype)
-    return pool[:, 3 : 3 + dim], _slots(count, padded, g), torch.randn(count, dim, generator=g).to(src_dtype)
+    return pool[:, 3 : 3 + dim], _slots(count, g), torch.randn(count, dim, generator=g).to(src_dtype)
 
 
 def _latent_buffer(latent_dim: int, rope_dim: int, g: torch.Generator) -> Tensor:
@@ -49,23 +44,23 @@ def _latent_buffer(latent_dim: int, rope_dim: int, g: torch.Generator) -> Tensor
     return torch.randint(0, 0x38, (NUM_PAGES * PAGE_SIZE, width), generator=g).to(torch.uint8)
 
 
-def _store_latent(count: int, latent_dim: int, rope_dim: int, padded: bool, g: torch.Generator) -> tuple[Any, ...]:
+def _store_latent(count: int, latent_dim: int, rope_dim: int, g: torch.Generator) -> tuple[Any, ...]:
     views = latent_views(_latent_buffer(latent_dim, rope_dim, g), latent_dim, rope_dim)
     latent, k_pe = torch.randn(count, latent_dim, generator=g) * 5, torch.randn(count, rope_dim, generator=g)
-    return *views, _slots(count, padded, g), latent, k_pe
+    return *views, _slots(count, g), latent, k_pe
 
 
 def _gather_latent(count: int, latent_dim: int, rope_dim: int, g: torch.Generator) -> tuple[Any, ...]:
-    return *latent_views(_latent_buffer(latent_dim, rope_dim, g), latent_dim, rope_dim), _slots(count, False, g)
+    return *latent_views(_latent_buffer(latent_dim, rope_dim, g), latent_dim, rope_dim), _slots(count, g)
 
 
 def _index_buffer(dim: int, g: torch.Generator) -> Tensor:
     return torch.randint(0, 0x38, (NUM_PAGES, PAGE_SIZE * (dim + 4)), generator=g).to(torch.uint8)
 
 
-def _store_index(count: int, dim: int, padded: bool, dtype: torch.dtype, g: torch.Generator) -> tuple[Any, ...]:
+def _store_index(count: int, dim: int, dtype: torch.dtype, g: torch.Generator) -> tuple[Any, ...]:
     keys = torch.randn(count, dim, generator=g) * 5
-    return *index_views(_index_buffer(dim, g), dim), _slots(count, padded, g), keys.to(dtype)
+    return *index_views(_index_buffer(dim, g), dim), _slots(count, g), keys.to(dtype)
 
 
 def _gather_index(table: list[list[int]], dim: int, g: torch.Generator) -> tuple[Any, ...]:
@@ -74,8 +69,8 @@ def _gather_index(table: list[list[int]], dim: int, g: torch.Generator) -> tuple
 
 CASES = [
     *(
-        Case("store_rows", _rows, (count, dim, padding, dst, src))
-        for count, dim, padding in ((1, 4, False), (70, 576, True), (3, 128, True), (0, 8, False))
+        Case("store_rows", _rows, (count, dim, dst, src))
+        for count, dim in ((1, 4), (70, 576), (3, 128), (0, 8))
         for dst, src in (
             (torch.float32, torch.float32),
             (torch.bfloat16, torch.float32),
@@ -84,15 +79,15 @@ CASES = [
     ),
     *(
         Case("store_latent_fp8", _store_latent, parameters)
-        for parameters in ((1, 512, 64, False), (20, 512, 64, True), (5, 64, 16, True), (0, 512, 64, False))
+        for parameters in ((1, 512, 64), (20, 512, 64), (5, 64, 16), (0, 512, 64))
     ),
     *(
         Case("gather_latent_fp8", _gather_latent, parameters)
         for parameters in ((1, 512, 64), (20, 512, 64), (5, 64, 16), (0, 512, 64))
     ),
     *(
-        Case("store_index_fp8", _store_index, (count, dim, padding, dtype))
-        for count, dim, padding in ((1, 128, False), (40, 128, True), (6, 32, True), (0, 128, False))
+        Case("store_index_fp8", _store_index, (count, dim, dtype))
+        for count, dim in ((1, 128), (40, 128), (6, 32), (0, 128))
         for dtype in (torch.float32, torch.bfloat16)
     ),
     *(

@@ -9,12 +9,10 @@ from baleen.kernels.fp8_quant.reference import BLOCK, dequantize_1x128, quantize
 
 
 def store_rows(dst: Tensor, slots: Tensor, src: Tensor) -> None:
-    slots, src = _without_padding(slots, src)
     dst[slots] = src.to(dst.dtype)
 
 
 def store_latent_fp8(values: Tensor, scales: Tensor, rope: Tensor, slots: Tensor, latent: Tensor, k_pe: Tensor) -> None:
-    slots, latent, k_pe = _without_padding(slots, latent, k_pe)
     quantized, scale = quantize_1x128(latent)
     values.view(torch.uint8)[slots] = quantized.view(torch.uint8)
     scales[slots] = scale
@@ -31,7 +29,6 @@ def gather_latent_fp8(values: Tensor, scales: Tensor, rope: Tensor, slots: Tenso
 def store_index_fp8(keys: Tensor, scales: Tensor, slots: Tensor, k: Tensor) -> None:
     if k.shape[1] > BLOCK:
         raise ValueError(f"kv_store: index keys are {k.shape[1]} wide, more than the {BLOCK} of one scale")
-    slots, k = _without_padding(slots, k)
     quantized, scale = quantize_1x128(k)
     page_size = keys.shape[1]
     pages, offsets = slots // page_size, slots % page_size
@@ -45,11 +42,3 @@ def gather_index_fp8(keys: Tensor, scales: Tensor, page_table: Tensor) -> tuple[
     return gathered.view(page_table.shape[0], -1, keys.shape[2]), scales.index_select(0, pages).view(
         page_table.shape[0], -1
     )
-
-
-def _without_padding(slots: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-    """Drops the tokens whose slot is below 0."""
-    valid = slots >= 0
-    if bool(valid.all()):
-        return slots, *rows
-    return slots[valid], *(row[valid] for row in rows)

@@ -16,7 +16,6 @@ from baleen.kernels.kv_store import (
     gather_latent_fp8,
     store_index_fp8,
     store_latent_fp8,
-    store_rows,
 )
 from baleen.kernels.kv_store.cases import CASES, index_views, latent_views
 from baleen.kernels.testing import Case, check
@@ -28,14 +27,11 @@ def _scale(values: Tensor) -> float:
 
 def _store_rows(dst: Tensor, slots: Tensor, src: Tensor) -> None:
     for slot, row in zip(slots.tolist(), src, strict=True):
-        if slot >= 0:
-            dst[slot].copy_(row)
+        dst[slot].copy_(row)
 
 
 def _store_latent(values: Tensor, scales: Tensor, rope: Tensor, slots: Tensor, latent: Tensor, k_pe: Tensor) -> None:
     for slot, row, pe in zip(slots.tolist(), latent, k_pe, strict=True):
-        if slot < 0:
-            continue
         for block in range(scales.shape[1]):
             part = slice(block * 128, (block + 1) * 128)
             scales[slot, block] = _scale(row[part])
@@ -54,9 +50,8 @@ def _gather_latent(values: Tensor, scales: Tensor, rope: Tensor, slots: Tensor) 
 
 def _store_index(keys: Tensor, scales: Tensor, slots: Tensor, k: Tensor) -> None:
     for slot, row in zip(slots.tolist(), k, strict=True):
-        if slot >= 0:
-            scales[slot // 64, slot % 64] = _scale(row)
-            keys[slot // 64, slot % 64].copy_((row.double() / _scale(row)).to(torch.float8_e4m3fn))
+        scales[slot // 64, slot % 64] = _scale(row)
+        keys[slot // 64, slot % 64].copy_((row.double() / _scale(row)).to(torch.float8_e4m3fn))
 
 
 def _gather_index(keys: Tensor, scales: Tensor, page_table: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,14 +118,6 @@ def test_the_8448_byte_page() -> None:
     assert (keys.shape, keys.dtype) == ((1, 128, 128), torch.float8_e4m3fn)
     assert torch.equal(keys[0, 63].float() * scales[0, 63], k[1])
     assert torch.equal(keys[0, 64 + 5].float() * scales[0, 64 + 5], k[0])
-
-
-def test_padding_slots_write_nothing() -> None:
-    pool = torch.zeros(4, 6)
-    store_rows(pool, torch.tensor([-1, -1]), torch.ones(2, 6))
-    assert not bool(pool.any())
-    store_rows(pool, torch.tensor([-1, 3]), torch.tensor([[1.0], [2.0]]).expand(2, 6))
-    assert pool.sum(1).tolist() == [0, 0, 0, 12]
 
 
 def test_index_keys_wider_than_a_scale_are_refused() -> None:

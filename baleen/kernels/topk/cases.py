@@ -41,6 +41,39 @@ def _nans(rows: int, columns: int, g: torch.Generator) -> Tensor:
     return torch.where(torch.rand(rows, columns, generator=g) < 0.7, torch.nan, torch.randn(rows, columns, generator=g))
 
 
+def _rising(rows: int, columns: int, g: torch.Generator) -> Tensor:
+    """Each score beats all before it: what is best so far never lasts."""
+    return torch.randn(rows, columns, generator=g).sort(1).values
+
+
+def _falling(rows: int, columns: int, g: torch.Generator) -> Tensor:
+    return -_rising(rows, columns, g)
+
+
+def _comb(rows: int, columns: int, g: torch.Generator) -> Tensor:
+    """Every 128th score is high: a sample at equal steps sees many of them, or none."""
+    return torch.rand(rows, columns, generator=g) + (torch.arange(columns) % 128 == 0) * 2.0
+
+
+def _hidden_rising(rows: int, columns: int, g: torch.Generator) -> Tensor:
+    """A sample of 1024 groups of 4 at equal steps of a row of 131,072 sees nothing, and what is best never lasts."""
+    return _rising(rows, columns, g).masked_fill(torch.arange(columns) % 128 < 4, -torch.inf)
+
+
+def _cluster(rows: int, columns: int, g: torch.Generator) -> Tensor:
+    """The best all lie side by side, their order in the last bits."""
+    logits = torch.randn(rows, columns, generator=g)
+    logits[:, columns // 3 : columns // 3 + 3000] = 8.0 + 1e-5 * torch.rand(rows, 3000, generator=g)
+    return logits
+
+
+def _magnitudes(rows: int, columns: int, g: torch.Generator) -> Tensor:
+    """All exponents of float32."""
+    return torch.randn(rows, columns, generator=g) * torch.exp2(
+        torch.randint(-120, 120, (rows, columns), generator=g).float()
+    )
+
+
 def _selection(kind: Any, rows: int, columns: int, k: int, full: bool, g: torch.Generator) -> tuple[Any, ...]:
     logits = kind(rows, columns, g)
     lengths = torch.randint(0, columns + 1, (rows,), generator=g)
@@ -65,4 +98,24 @@ CASES = [
         (4, 10, 16, False),
         (40, 700, 128, False),
     )
+]
+
+# Rows longer than what a kernel keeps at hand, few and many, of odd width so that most are unaligned.
+LONG_CASES = [
+    *(
+        Case("topk", _selection, (kind, rows, columns, k, full))
+        for kind in (
+            *(_distinct, _ties, _relu_zeros, _equal, _infinities, _nans),
+            *(_rising, _hidden_rising, _falling, _comb, _cluster, _magnitudes),
+        )
+        for rows, columns, k, full in (
+            (1, 131_072, 2048, True),
+            (9, 70_001, 2048, False),
+            (20, 20_003, 2048, False),
+            (40, 33_333, 300, False),
+            (70, 12_345, 1, True),
+        )
+    ),
+    Case("topk", _selection, (_distinct, 300, 16_385, 2048, False)),
+    Case("topk", _selection, (_distinct, 2, 1_200_000, 2048, True)),
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from baleen.kernels.dispatch import available
 from baleen.kernels.testing import Case, check, largest_scratch
 from baleen.kernels.topk import IMPLEMENTATIONS, reference, topk
-from baleen.kernels.topk.cases import CASES
+from baleen.kernels.topk.cases import CASES, LONG_CASES
 
 
 def _sorted(logits: Tensor, lengths: Tensor, k: int) -> Tensor:
@@ -27,6 +27,29 @@ def _sorted(logits: Tensor, lengths: Tensor, k: int) -> Tensor:
 @pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
 def test_against_sorted_pairs(implementation: str, case: Case) -> None:
     check(IMPLEMENTATIONS, implementation, case, _sorted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", [*CASES, *LONG_CASES], ids=str)
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
+def test_on_a_gpu_against_the_reference(implementation: str, case: Case) -> None:
+    check(IMPLEMENTATIONS, implementation, case, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_graph_gives_what_its_inputs_now_say() -> None:
+    logits, lengths = torch.randn(3, 40_000, device="cuda"), torch.tensor([40_000, 9_000, 100], device="cuda")
+    topk(logits, lengths, 2048)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = topk(logits, lengths, 2048)
+    for seed in range(3):
+        logits.normal_(generator=torch.Generator("cuda").manual_seed(seed))
+        lengths.copy_(torch.tensor([39_000 - seed, 8_000 + 500 * seed, 3_000]))
+        graph.replay()
+        assert torch.equal(out.cpu(), reference.topk(logits.cpu(), lengths.cpu(), 2048))
 
 
 def test_by_hand() -> None:

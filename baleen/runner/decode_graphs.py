@@ -1,0 +1,91 @@
+"""CUDA graphs of the decode step: the kernels of a whole forward, started by one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from baleen.attention.backend import AttentionBackend
+from baleen.config import PAGE_SIZE
+from baleen.model.deepseek_v32 import DeepseekV32ForCausalLM
+from baleen.runner.inputs import RequestSlots, upload
+
+WARMUPS = 2  # compile what is compiled at first use, and let the kernels make what they keep
+
+
+class DecodeGraphs:
+    """One graph for each padded batch size and context, captured when first needed.
+
+    Batches are padded to 1, 2, 4 or a multiple of 8 rows with the slot `RequestSlots.padding`, whose token goes to
+    page 0. Contexts are padded to index_topk (where nothing is scored), then to twice as much, and so on: index logits,
+    top-k and page table are as wide as that, though no more than each row's own length is scored.
+    """
+
+    def __init__(
+        self,
+        model: DeepseekV32ForCausalLM,
+        backend: AttentionBackend,
+        slots: RequestSlots,
+        *,
+        max_batch: int,
+        context_length: int,
+    ) -> None:
+        self._model, self._backend, self._slots = model, backend, slots
+        self._sizes = padded_sizes(max_batch)
+        self._contexts = padded_contexts(backend.index_topk, context_length)
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def fits(self, num_rows: int) -> bool:
+        """True if a decode step of so many rows has a graph."""
+        return num_rows <= self._sizes[-1]
+
+    def logits(self, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """The decode step of these slots -> logits [R, vocab] float32, overwritten by the next call."""
+        num_rows = len(slots)
+        size = next(size for size in self._sizes if size >= num_rows)
+        context = next(context for context in self._contexts if context > max(positions))
+        if (size, context) not in self._graphs:
+            self._graphs[size, context] = self._capture(size, context)
+        graph, inputs, logits = self._graphs[size, context]
+        padding = size - num_rows
+        inputs.copy_(upload([[*slots, *[self._slots.padding] * padding], [*positions, *[0] * padding]], inputs.device))
+        graph.replay()
+        return logits[:num_rows]
+
+    def _capture(self, size: int, context: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        inputs = upload([[self._slots.padding] * size, [0] * size], self._slots.device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUPS):
+                self._forward(inputs, context)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads pin memory and wait for events meanwhile, which a stricter mode would forbid them.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            logits = self._forward(inputs, context)
+        return graph, inputs, logits
+
+    def _forward(self, inputs: Tensor, context: int) -> Tensor:
+        slots, positions = inputs
+        batch = self._slots.decode_batch(slots, positions, [context] * slots.shape[0])
+        metadata = self._backend.plan(batch)
+        return self._model.logits(self._model(batch.ids, batch.positions, self._backend, metadata))
+
+
+def padded_sizes(max_batch: int) -> list[int]:
+    """1, 2, 4, 8, 16, 24, ... max_batch."""
+    return [size for size in (1, 2, 4) if size < max_batch] + [*range(8, max_batch, 8)] + [max_batch]
+
+
+def padded_contexts(index_topk: int, context_length: int) -> list[int]:
+    """index_topk, twice it, four times, ... the context, in whole pages."""
+    contexts = []
+    context = index_topk
+    while context < context_length:
+        contexts.append(context)
+        context *= 2
+    return [*contexts, -(-context_length // PAGE_SIZE) * PAGE_SIZE]

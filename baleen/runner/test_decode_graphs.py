@@ -1,0 +1,37 @@
+"""The shapes that decode graphs are made for, and the padding slot that fills them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from baleen.messages import OpenSlot, SamplingParams, ScheduledRow
+from baleen.runner.decode_graphs import padded_contexts, padded_sizes
+from baleen.runner.inputs import RequestSlots
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(1, [1]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (20, [1, 2, 4, 8, 16, 20]), (5, [1, 2, 4, 5])]
+)
+def test_batch_sizes(most: int, sizes: list[int]) -> None:
+    assert padded_sizes(most) == sizes
+
+
+@pytest.mark.parametrize(
+    ("context", "contexts"),
+    [(100, [128]), (2048, [2048]), (2049, [2048, 2112]), (9000, [2048, 4096, 8192, 9024])],
+)
+def test_contexts(context: int, contexts: list[int]) -> None:
+    assert padded_contexts(2048, context) == contexts
+
+
+def test_padding_writes_to_page_0_and_leaves_the_others_as_they_are() -> None:
+    slots = RequestSlots(3, 256, torch.device("cpu"))
+    opened = OpenSlot(sampling=SamplingParams(), pages=(7, 5), num_prompt=70)
+    slots.update(ScheduledRow(slot=1, start=0, token_ids=(1,) * 70, open=opened))
+    slots.last_ids[1] = 42
+    padded = slots.decode_batch(torch.tensor([1, slots.padding]), torch.tensor([70, 0]), [256, 256])
+    assert padded.ids.tolist() == [42, 0]
+    assert padded.slots.tolist() == [5 * 64 + 6, 0]
+    assert padded.page_table.shape == (2, 4), "as wide as the graph's context"
+    assert padded.num_decode == 2
