@@ -105,6 +105,7 @@ def test_the_name_is_a_beginning(server: Server) -> None:
     job = Call(server, "/v1/completions", rid="job", n=2).is_open(2)
     job2 = Call(server, "/generate", rid="job-2").is_open()
     other = Call(server, "/generate", rid="other").is_open()
+    wait_until(lambda: len(server.script.requests) == 4)
     assert sorted(r.rid for r in server.script.requests) == ["job-2", "job_0", "job_1", "other"]
     abort(server, rid="job_1")
     wait_until(lambda: server.client.num_open == 3)
