@@ -17,7 +17,7 @@ KINDS = ("single", "multi")
 MULTI = 3  # facts asked for at once, spread from the depth over the rest of the text
 NEAR_MISSES = 3
 
-_ATTRIBUTES = ("code", "number", "key", "password")
+_ATTRIBUTES = ("code", "number")
 _SYLLABLES = ("ba", "de", "fi", "go", "ka", "le", "mo", "nu", "pa", "ri", "so", "tu", "va", "we", "zo")
 _PEOPLE = ("Anna", "Ben", "Clara", "Hugo", "Ida", "Leo", "Maria", "Omar", "Petra", "Tom")
 _PLACES = ("Berlin", "Cairo", "Dublin", "Lima", "Oslo", "Paris", "Rome", "Seoul", "Tokyo", "Vienna")
