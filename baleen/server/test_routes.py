@@ -14,6 +14,7 @@ from baleen.messages import CacheFlushed, EngineStats
 from baleen.server.app import create_app
 from baleen.server.conftest import CONTEXT, Server, make_config, running_server, wait_until
 from baleen.server.engine_client import EngineClient
+from baleen.server.fields import read_sampling_defaults
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -131,6 +132,17 @@ def test_api_processes_draw_other_seeds(tmp_path: Path) -> None:
 
     assert seeds(0) == seeds(0)
     assert not set(seeds(0)) & set(seeds(1))
+
+
+def test_a_checkpoint_that_does_not_sample_is_greedy(tmp_path: Path) -> None:
+    """`do_sample: false` is transformers' way to say so; a temperature beside it stands."""
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"do_sample": false}')
+    assert read_sampling_defaults(str(tmp_path)) == {"temperature": 0.0}
+    path.write_text('{"do_sample": false, "temperature": 0.6}')
+    assert read_sampling_defaults(str(tmp_path)) == {"temperature": 0.6}
+    path.write_text('{"do_sample": true}')
+    assert read_sampling_defaults(str(tmp_path)) == {}
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"temperature": "warm"}', '{"top_p": 7}'])
