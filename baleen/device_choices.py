@@ -2,10 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from baleen.config import AUTO, FASTEST, PAGE_SIZE, ModelConfig
 from baleen.resolver import Resolver
 
-HOPPER = 90
+HOPPER = "Hopper (compute capability 9.0)"
+E4M3 = 89  # capability whose GPUs convert it
+# Context up to which a GPU's prefill chunk is multi-head attention under the mask.
+MASKED_PREFILL = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """Kernels that may be installed.
+
+    module        what is imported                 install  how it comes there
+    capabilities  of its GPUs; empty: AMD's GPUs    where    the same in words
+    """
+
+    module: str
+    install: str
+    capabilities: Sequence[int]
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """An attention backend: its library, and the layouts of the KV cache that it reads in each phase."""
+
+    library: Library
+    prefill: tuple[str, ...]
+    decode: tuple[str, ...]
+
+
+DEEP_GEMM = Library("deep_gemm", "pip install sgl-deep-gemm", (90,), HOPPER)
+FLASH_MLA = Library("flash_mla", "pip install sgl-flash-mla", (90,), HOPPER)
+FLASH_ATTENTION = Library("flash_attn_interface", "build FlashAttention's folder hopper", (90,), HOPPER)
+TILELANG = Library("tilelang", "pip install tilelang", (80, 90, 100, 103), "compute capability 8.0, 9.0 and 10.0")
+FLASHINFER = Library("flashinfer", "pip install flashinfer-python", (100, 103), "Blackwell (compute capability 10.0)")
+AITER = Library("aiter", "pip install amd-aiter", (), "AMD's GPUs")
+TRITON = Library("triton", "pip install triton", range(80, 200), "compute capability 8.0 and newer")
+
+BF16, FP8 = "bfloat16", "fp8_e4m3"
+BACKENDS = {
+    "flashmla_sparse": Backend(FLASH_MLA, (BF16, FP8), (BF16,)),
+    "flashmla_kv": Backend(FLASH_MLA, (FP8,), (FP8,)),
+    "triton": Backend(TRITON, (BF16, FP8), (BF16, FP8)),
+    "fa3": Backend(FLASH_ATTENTION, (BF16, FP8), (BF16,)),
+    "tilelang": Backend(TILELANG, (BF16, FP8), (BF16,)),
+    "trtllm": Backend(FLASHINFER, (BF16,), (BF16,)),
+    "aiter": Backend(AITER, (BF16, FP8), (BF16,)),
+}
+UNTRIED = ("trtllm", "aiter")
+PHASES = {"attention.prefill_backend": "prefill", "attention.decode_backend": "decode"}
 
 
 def on_gpu(r: Resolver) -> bool:
@@ -55,69 +106,89 @@ def cache(r: Resolver, model: ModelConfig) -> None:
 def attention(r: Resolver, model: ModelConfig) -> None:
     """The kernels."""
     r.choose("attention.attention_backend", "dsa", "the model has an indexer (index_topk)")
-    problem = _flashmla_problem(r, model)
-    for key, is_prefill in (("attention.prefill_backend", True), ("attention.decode_backend", False)):
-        _backend(r, key, problem, is_prefill=is_prefill)
+    for key in PHASES:
+        _backend(r, key, model)
     for key in ("kernels", "topk_backend", "moe_runner_backend"):
+        if on_gpu(r) and r.hardware.is_amd:
+            r.choose(f"attention.{key}", "reference", "plain torch: the faster ones are for NVIDIA's GPUs")
         if on_gpu(r):
             r.choose(f"attention.{key}", FASTEST, "of each operation the first implementation that can be imported")
         r.choose(f"attention.{key}", "reference", "plain torch, the one for a CPU")
         if r[f"attention.{key}"] not in ("reference", FASTEST):
             asked = r.given[f"attention.{key}"]
-            lacks = _library_problem(r, "deep_gemm")
+            lacks = _library_problem(r, DEEP_GEMM)
             if lacks and asked.value == "deep_gemm":
                 r.refusals.append(f"{asked.spelling} deep_gemm: {lacks}")
     dense = "attention.dense_prefill_threshold"
     if r["attention.prefill_backend"] != "reference":
-        if not r.is_auto(dense) and r[dense]:
-            r.warnings.append(
-                f"{r.given[dense].spelling}: no effect, {r['attention.prefill_backend']} is sparse throughout"
-            )
-        r.values[dense] = AUTO
-        r.choose(dense, 0, f"{r['attention.prefill_backend']} is sparse throughout")
+        r.choose(dense, MASKED_PREFILL, "masked multi-head prefill is faster up to here, measured on an H200")
     r.choose(dense, 4 * model.index_topk, "4 index_topk: masked multi-head prefill is faster up to here")
 
 
-def _backend(r: Resolver, key: str, problem: str, *, is_prefill: bool) -> None:
-    fp8 = r["cache.kv_cache_dtype"] == "fp8_e4m3"
-    if r[key] == "flashmla_auto":
-        r.values[key] = "flashmla_kv" if fp8 else "flashmla_sparse"
-        r.reasons[key] = f"flashmla_auto, with a {r['cache.kv_cache_dtype']} cache"
-    if r.is_auto(key) and on_gpu(r) and not problem:
-        reads = f"reads the {r['cache.kv_cache_dtype']} cache"
-        r.choose(key, "flashmla_sparse" if is_prefill or not fp8 else "flashmla_kv", f"FlashMLA, {reads}")
-    elif r.is_auto(key) and on_gpu(r):
-        r.warnings.append(f"{key.split('.')[1]}: reference, plain torch and slow: FlashMLA {problem}")
-    r.choose(key, "reference", "plain torch, the one for a CPU" if not on_gpu(r) else f"FlashMLA {problem}")
-    if not r[key].startswith("flashmla") or key not in r.given:
+def _backend(r: Resolver, key: str, model: ModelConfig) -> None:
+    cache = r["cache.kv_cache_dtype"]
+    if r[key] == "flashmla_auto" and PHASES[key] == "prefill":
+        r.values[key] = "flashmla_kv" if cache == "fp8_e4m3" else "flashmla_sparse"
+        r.reasons[key] = f"flashmla_auto, with a {cache} cache"
+    if key in r.given and not r.is_auto(key):
+        asked = f"{r.given[key].spelling} {r.given[key].value}"
+        if problem := _backend_problem(r, key, r[key], model):
+            others = [name for name in BACKENDS if name not in UNTRIED and not _backend_problem(r, key, name, model)]
+            run = f"{', '.join(others)} and reference run here" if others else "reference runs here"
+            r.refusals.append(f"{asked}: {problem}; {run}")
+        elif r[key] in UNTRIED:
+            r.warnings.append(f"{asked}: written to its library's documentation, and never run by baleen's authors")
         return
-    asked = f"{r.given[key].spelling} {r.given[key].value}"
-    if problem:
-        r.refusals.append(f"{asked}: {problem}; reference runs here")
-    elif r[key] == "flashmla_kv" and not fp8:
-        r.refusals.append(f"{asked}: reads an fp8_e4m3 cache; add --kv-cache-dtype fp8_e4m3, or use flashmla_sparse")
-    elif r[key] == "flashmla_sparse" and fp8 and not is_prefill:
-        r.refusals.append(f"{asked}: reads a bfloat16 cache; use flashmla_kv with fp8_e4m3")
-
-
-def _library_problem(r: Resolver, library: str) -> str:
-    """Why this library's kernels cannot run; "" if they can."""
     if not on_gpu(r):
-        return "runs on a GPU"
-    if r.hardware.capability != HOPPER:
-        return f"runs on Hopper (compute capability 9.0), and this GPU has {r.hardware.capability / 10}"
-    if library not in r.hardware.libraries:
-        return f"is not installed (pip install sgl-{library.replace('_', '-')})"
+        r.choose(key, "reference", "plain torch, the one for a CPU")
+        return
+    lacks = _backend_problem(r, key, "flashmla_sparse", model)
+    for name, reason in (
+        ("flashmla_sparse", f"FlashMLA, reads the {cache} cache"),
+        ("flashmla_kv", f"FlashMLA, reads the {cache} cache"),
+        ("triton", f"baleen's own kernels: FlashMLA {lacks}"),
+    ):
+        if not _backend_problem(r, key, name, model):
+            r.choose(key, name, reason)
+            return
+    r.warnings.append(f"{key.split('.')[1]}: reference, plain torch and slow: FlashMLA {lacks}")
+    r.choose(key, "reference", f"FlashMLA {lacks}")
+
+
+def _backend_problem(r: Resolver, key: str, name: str, model: ModelConfig) -> str:
+    """Why a backend cannot run in this phase, with what would help; "" if it can."""
+    backend = BACKENDS.get(name)
+    if backend is None:  # the reference, or a name that is refused already
+        return ""
+    if lacks := _library_problem(r, backend.library):
+        return lacks
+    if name == "triton" and r["attention.kernels"] == "reference":
+        return "is baleen's own kernels, which --kernels reference turns off"
+    dims = (model.kv_lora_rank, model.qk_rope_head_dim)
+    if name != "triton" and (dims != (512, 64) or model.num_attention_heads > 128):
+        return "takes latents of 512 + 64 and up to 128 heads"
+    if name == "trtllm" and model.qk_nope_head_dim != 128:
+        return "takes heads of 128 without the rope part"
+    if r["load.dtype"] != "bfloat16":
+        return "computes in bfloat16: add --dtype bfloat16"
+    reads = getattr(backend, PHASES[key])
+    if r["cache.kv_cache_dtype"] not in reads:
+        return f"reads a cache in {' or '.join(reads)}: add --kv-cache-dtype {reads[0]}"
+    if name == "triton" and r["cache.kv_cache_dtype"] == "fp8_e4m3" and r.hardware.capability < E4M3:
+        return "reads fp8_e4m3 from compute capability 8.9 on: add --kv-cache-dtype bfloat16"
     return ""
 
 
-def _flashmla_problem(r: Resolver, model: ModelConfig) -> str:
-    if lacks := _library_problem(r, "flash_mla"):
-        return lacks
-    if (model.kv_lora_rank, model.qk_rope_head_dim) != (512, 64) or model.num_attention_heads > 128:
-        return "takes latents of 512 + 64 and up to 128 heads"
-    if r["load.dtype"] != "bfloat16" or r["cache.kv_cache_dtype"] not in ("bfloat16", "fp8_e4m3"):
-        return "computes in bfloat16, from a bfloat16 or fp8_e4m3 cache"
+def _library_problem(r: Resolver, library: Library) -> str:
+    """Why this library's kernels cannot run; "" if they can."""
+    if not on_gpu(r):
+        return "runs on a GPU"
+    if r.hardware.is_amd != (not library.capabilities):
+        return f"runs on {library.where}, and this GPU is {'AMD' if r.hardware.is_amd else 'NVIDIA'}'s"
+    if library.capabilities and r.hardware.capability not in library.capabilities:
+        return f"runs on {library.where}, and this GPU has {r.hardware.capability / 10}"
+    if library.module not in r.hardware.libraries:
+        return f"is not installed ({library.install})"
     return ""
 
 
@@ -130,11 +201,11 @@ def graphs(r: Resolver, model: ModelConfig) -> None:
                 r.warnings.append(f"{r.given[key].spelling}: no effect, a CPU has no CUDA graphs")
         return
     lacking = {
-        "a FlashMLA decode backend": r["attention.decode_backend"] != "reference",
+        "another decode backend than reference": r["attention.decode_backend"] != "reference",
         "--kernels fastest": r["attention.kernels"] == FASTEST,
         "fastest as top-k and expert kernels": "reference"
         not in (r["attention.topk_backend"], r["attention.moe_runner_backend"]),
-        "deep_gemm (pip install sgl-deep-gemm)": not _library_problem(r, "deep_gemm"),
+        "deep_gemm (pip install sgl-deep-gemm)": not _library_problem(r, DEEP_GEMM),
         "an FP8 checkpoint": model.quantization is not None,
         "experts of whole FP8 blocks": not model.moe_intermediate_size % 128 and not model.hidden_size % 128,
         "an fp8_e4m3 index cache": r["cache.index_cache_dtype"] == "fp8_e4m3",

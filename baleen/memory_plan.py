@@ -96,14 +96,14 @@ def checkpoint_bytes(m: ModelConfig) -> dict[str, int]:
 
 def loaded_bytes(m: ModelConfig, dtype: str, *, keep_fp8: bool = False) -> dict[str, int]:
     """Bytes of each class once loaded: each parameter in `dtype`, FP8 blocks dequantised; with `keep_fp8`, as on a GPU,
-    blocks as stored, and norms, biases and the router in float32.
+    blocks as stored, and norms and biases in float32.
     """
     sizes: dict[str, int] = {}
     for name, shape, storage in tensors(m):
         if keep_fp8 and storage == "blocks" and m.quantization is not None:
             size = _block_bytes(shape)
         else:
-            size = (4 if keep_fp8 and (storage == "float32" or name == "router") else BYTES[dtype]) * _product(shape)
+            size = (4 if keep_fp8 and storage == "float32" else BYTES[dtype]) * _product(shape)
         sizes[name] = sizes.get(name, 0) + size
     return sizes
 
@@ -173,7 +173,7 @@ def gpu_step_bytes(m: ModelConfig, *, rows: int, context: int, vocab_rows: int, 
     graphs = vocab_rows * (BYTES["bfloat16"] + BYTES["float32"]) * m.vocab_size
     return {
         "selection on the GPU": GPU_SELECTION_SCRATCH,
-        "expert rows": m.n_routed_experts * EXPERT_ROWS * of_row,
+        "expert rows": (m.n_routed_experts + m.n_shared_experts) * EXPERT_ROWS * of_row,
         "prefill from the fp8 cache": context * latent * (2 * BYTES["float32"] + BYTES["bfloat16"]) if fp8_cache else 0,
         "CUDA graphs": graphs + 16 * rows * m.num_attention_heads * latent if vocab_rows else 0,
     }

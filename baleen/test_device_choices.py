@@ -14,8 +14,13 @@ from baleen.flags import Hardware, Resolution
 
 GIB = 1024**3
 LIBRARIES = frozenset({"deep_gemm", "flash_mla"})
+ALL = LIBRARIES | {"flash_attn_interface", "tilelang", "flashinfer", "aiter", "triton"}
 H200 = Hardware("cuda", 64 * GIB, 16, 140 * GIB, 90, LIBRARIES)
+FULL = Hardware("cuda", 64 * GIB, 16, 140 * GIB, 90, ALL)
 BARE = Hardware("cuda", 64 * GIB, 16, 140 * GIB, 90)
+A100 = Hardware("cuda", 64 * GIB, 16, 80 * GIB, 80, ALL)
+B200 = Hardware("cuda", 64 * GIB, 16, 180 * GIB, 100, ALL)
+MI300X = Hardware("cuda", 64 * GIB, 16, 190 * GIB, 94, ALL, is_amd=True)
 CPU = Hardware("cpu", 64 * GIB, 16)
 
 
@@ -46,7 +51,7 @@ def test_hopper_with_its_libraries(checkpoint: Path) -> None:
     assert (config.attention.kernels, config.attention.moe_runner_backend) == ("fastest", "fastest")
     assert not config.scheduler.disable_cuda_graph
     assert config.scheduler.chunked_prefill_size == 8192
-    assert config.attention.dense_prefill_threshold == 0
+    assert config.attention.dense_prefill_threshold == 8192
     fp8 = run(checkpoint, "--kv-cache-dtype fp8_e4m3").config.attention
     assert (fp8.prefill_backend, fp8.decode_backend) == ("flashmla_sparse", "flashmla_kv")
 
@@ -87,9 +92,23 @@ def test_without_flashmla_the_reference_runs_and_says_so(checkpoint: Path, machi
         ("--nsa-decode-backend flashmla_kv", CPU, "--nsa-decode-backend flashmla_kv: runs on a GPU; reference runs"),
         ("--nsa-prefill-backend flashmla_sparse", BARE, "is not installed (pip install sgl-flash-mla)"),
         ("--dsa-decode-backend flashmla_kv", H200, "add --kv-cache-dtype fp8_e4m3"),
-        ("--dsa-decode-backend flashmla_sparse --kv-cache-dtype fp8_e4m3", H200, "use flashmla_kv"),
+        ("--dsa-decode-backend flashmla_sparse --kv-cache-dtype fp8_e4m3", H200, "add --kv-cache-dtype bfloat16"),
+        ("--dsa-decode-backend flashmla_sparse --kv-cache-dtype fp8_e4m3", FULL, "; flashmla_kv, triton and reference"),
         ("--dsa-decode-backend flashmla_auto", H200, "not built yet"),
         ("--dsa-prefill-backend flashmla_sparse --dtype float32", H200, "computes in bfloat16"),
+        ("--dsa-prefill-backend flashmla_sparse_q8", FULL, "needs queries in FP8, not built yet"),
+        ("--nsa-decode-backend fa3", BARE, "fa3: is not installed (build FlashAttention's folder hopper)"),
+        ("--nsa-prefill-backend fa3", B200, "fa3: runs on Hopper (compute capability 9.0), and this GPU has 10.0"),
+        ("--nsa-decode-backend fa3 --kv-cache-dtype fp8_e4m3", FULL, "reads a cache in bfloat16"),
+        ("--nsa-prefill-backend tilelang", BARE, "tilelang: is not installed (pip install tilelang)"),
+        ("--nsa-decode-backend tilelang --kv-cache-dtype fp8_e4m3", FULL, "; flashmla_kv, triton and reference run"),
+        ("--nsa-decode-backend trtllm", FULL, "runs on Blackwell (compute capability 10.0), and this GPU has 9.0"),
+        ("--nsa-prefill-backend trtllm --kv-cache-dtype fp8_e4m3", B200, "add --kv-cache-dtype bfloat16"),
+        ("--nsa-decode-backend aiter", FULL, "aiter: runs on AMD's GPUs, and this GPU is NVIDIA's"),
+        ("--nsa-decode-backend flashmla_sparse", MI300X, "and this GPU is AMD's; reference runs here"),
+        ("--nsa-decode-backend triton", BARE, "triton: is not installed (pip install triton)"),
+        ("--nsa-decode-backend triton --kernels reference", FULL, "which --kernels reference turns off"),
+        ("--nsa-decode-backend triton --kv-cache-dtype fp8_e4m3", A100, "add --kv-cache-dtype bfloat16"),
         ("--moe-runner-backend deep_gemm", BARE, "--moe-runner-backend deep_gemm: is not installed"),
         ("--moe-runner-backend deep_gemm", CPU, "--moe-runner-backend deep_gemm: runs on a GPU"),
     ],
@@ -97,6 +116,57 @@ def test_without_flashmla_the_reference_runs_and_says_so(checkpoint: Path, machi
 def test_refused_with_the_reason(checkpoint: Path, line: str, machine: Hardware, text: str) -> None:
     (refusal,) = run(checkpoint, line, machine).refusals
     assert text in refusal
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "machine"),
+    [
+        ("fa3", "fa3", FULL),
+        ("tilelang", "tilelang", FULL),
+        ("tilelang", "triton", A100),
+        ("triton", "triton", FULL),
+        ("trtllm", "trtllm", B200),
+        ("aiter", "aiter", MI300X),
+        ("flashmla_sparse", "fa3", FULL),
+    ],
+)
+def test_libraries_by_name(checkpoint: Path, prefill: str, decode: str, machine: Hardware) -> None:
+    resolution = run(checkpoint, f"--nsa-prefill-backend {prefill} --nsa-decode-backend {decode}", machine)
+    attention = resolution.config.attention
+    assert resolution.refusals == []
+    assert (attention.prefill_backend, attention.decode_backend) == (prefill, decode)
+    assert any("never run" in line for line in resolution.warnings) == (prefill in ("trtllm", "aiter"))
+    assert resolution.config.scheduler.disable_cuda_graph == (machine is not FULL), "deep_gemm is for Hopper"
+    assert attention.kernels == ("reference" if machine.is_amd else "fastest")
+
+
+@pytest.mark.parametrize("name", ["fa3", "tilelang", "triton"])
+def test_prefill_over_an_fp8_cache_by_name(checkpoint: Path, name: str) -> None:
+    line = f"--nsa-prefill-backend {name} --kv-cache-dtype fp8_e4m3"
+    attention = run(checkpoint, line, FULL).config.attention
+    assert (attention.prefill_backend, attention.decode_backend) == (name, "flashmla_kv")
+
+
+@pytest.mark.parametrize("cache", ["bfloat16", "fp8_e4m3"])
+def test_without_flashmla_our_own_kernels_run(checkpoint: Path, cache: str) -> None:
+    machine = Hardware("cuda", 64 * GIB, 16, 140 * GIB, 90, frozenset({"triton", "deep_gemm", "tilelang"}))
+    resolution = run(checkpoint, f"--kv-cache-dtype {cache}", machine)
+    attention = resolution.config.attention
+    assert (resolution.refusals, resolution.warnings) == ([], [])
+    assert (attention.prefill_backend, attention.decode_backend) == ("triton", "triton")
+    assert "FlashMLA is not installed" in resolution.reasons["attention.decode_backend"]
+    assert not resolution.config.scheduler.disable_cuda_graph
+    old = Hardware("cuda", 64 * GIB, 16, 140 * GIB, 75, ALL)
+    assert run(checkpoint, machine=old).config.attention.decode_backend == "reference"
+    assert run(checkpoint, "--kernels reference", machine).config.attention.decode_backend == "reference"
+
+
+def test_an_amd_gpu_runs_plain_torch(checkpoint: Path) -> None:
+    resolution = run(checkpoint, machine=MI300X)
+    attention = resolution.config.attention
+    assert resolution.refusals == []
+    assert {attention.prefill_backend, attention.decode_backend, attention.kernels} == {"reference"}
+    assert any("this GPU is AMD's" in line for line in resolution.warnings)
 
 
 def test_backends_by_name(checkpoint: Path) -> None:
@@ -108,8 +178,8 @@ def test_backends_by_name(checkpoint: Path) -> None:
     )
     assert plain.refusals == []
     assert plain.config.attention.dense_prefill_threshold == 64
-    sparse = run(checkpoint, "--dense-prefill-threshold 64")
-    assert any("--dense-prefill-threshold: no effect" in line for line in sparse.warnings)
+    short = run(checkpoint, "--dense-prefill-threshold 64")
+    assert (short.config.attention.dense_prefill_threshold, short.warnings) == (64, [])
 
 
 @pytest.mark.parametrize(
@@ -129,6 +199,8 @@ def test_graph_flags_are_used_on_a_gpu(checkpoint: Path) -> None:
 
 
 def test_other_models_dims_run_without_flashmla(tmp_path: Path) -> None:
-    resolution = run(write(tmp_path, kv_lora_rank=256))
+    folder = write(tmp_path, kv_lora_rank=256)
+    assert run(folder, machine=FULL).config.attention.decode_backend == "triton"
+    resolution = run(folder)
     assert resolution.config.attention.decode_backend == "reference"
     assert any("latents of 512 + 64" in line for line in resolution.warnings)

@@ -94,7 +94,7 @@ def test_selection_matters(case: tuple) -> None:
     folder, prompts, _, logits = case
     with LLM(str(folder)) as llm:
         for layer in llm.engine.runner.model.layers:
-            layer.self_attn.indexer.weights_proj.weight.data.neg_()
+            layer.self_attn.indexer.weights_proj.data.neg_()
         _, recorded = run_greedy(llm, prompts[2:3], 1)
         assert relative_error(recorded[0][len(prompts[2])], logits[2][len(prompts[2]) - 1]) > 100 * TOLERANCE
         assert torch.isfinite(recorded[0][len(prompts[2])]).all()

@@ -9,16 +9,21 @@ from baleen.attention.batch import Group
 from baleen.config import PAGE_SIZE
 
 
-def absorb(q: Tensor, w_kc: Tensor) -> Tensor:
-    """q [T, H, nope + rope], w_kc [H, nope, latent] -> [T, H, latent + rope], which attends to rows of the cache."""
-    nope = w_kc.shape[1]
-    latent = torch.bmm(q[..., :nope].transpose(0, 1), w_kc).transpose(0, 1)
-    return torch.cat([latent, q[..., nope:]], dim=-1)
+def absorb(q: Tensor, kv_b: Tensor, nope: int) -> Tensor:
+    """q [T, H, nope + rope], kv_b [H, nope + v, latent] -> [T, H, latent + rope], to attend to rows of the cache."""
+    latent = kv_b.shape[2]
+    query = q.new_empty(q.shape[0], q.shape[1], latent + q.shape[2] - nope)
+    torch.bmm(q[..., :nope].transpose(0, 1), kv_b[:, :nope], out=query[..., :latent].transpose(0, 1))
+    query[..., latent:] = q[..., nope:]
+    return query
 
 
-def head_values(attended: Tensor, w_vc: Tensor) -> Tensor:
-    """Attended latents [T, H, latent], w_vc [H, latent, v] -> [T, H, v]."""
-    return torch.bmm(attended.transpose(0, 1), w_vc).transpose(0, 1)
+def head_values(attended: Tensor, kv_b: Tensor, nope: int) -> Tensor:
+    """Attended latents [T, H, latent], kv_b [H, nope + v, latent] -> [T, H, v]."""
+    w_vc = kv_b[:, nope:].transpose(1, 2)
+    out = attended.new_empty(attended.shape[0], attended.shape[1], w_vc.shape[2])
+    torch.bmm(attended.transpose(0, 1), w_vc, out=out.transpose(0, 1))
+    return out
 
 
 def position_slots(group: Group, positions: Tensor) -> Tensor:

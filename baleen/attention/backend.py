@@ -10,30 +10,44 @@ import torch
 from torch import Tensor
 
 from baleen.attention.batch import ForwardBatch, Group, group_batch
-from baleen.attention.kv_pool import KVPool, PackedIndex
-from baleen.attention.selection import select
+from baleen.attention.kv_pool import KeyNorms, KVPool, PackedIndex
+from baleen.attention.masked import MaskedAttention
+from baleen.attention.selection import Form, select
 from baleen.config import ModelConfig
 from baleen.kernels.index_logits import plan_pages
+from baleen.kernels.mla_inputs import index_queries
+from baleen.kernels.rope import rope_half
 
 # name of --dsa-prefill-backend / --dsa-decode-backend -> class
 ATTENTION = {
     "reference": "baleen.attention.reference:ReferenceAttention",
     "flashmla_sparse": "baleen.attention.flashmla:FlashMlaSparse",
     "flashmla_kv": "baleen.attention.flashmla:FlashMlaKv",
+    "triton": "baleen.attention.triton:TritonAttention",
+    "fa3": "baleen.attention.fa3:Fa3Attention",
+    "tilelang": "baleen.attention.tilelang:TilelangAttention",
+    "trtllm": "baleen.attention.trtllm:TrtllmAttention",
+    "aiter": "baleen.attention.aiter:AiterAttention",
 }
 
 
 class Attention(Protocol):
-    """One attention kernel over the pool."""
+    """One attention kernel over the pool.
 
-    def attend(
-        self, layer: int, group: Group, q: Tensor, w_kc: Tensor, w_vc: Tensor, positions: Tensor | None
-    ) -> Tensor:
-        """Attention of a group's query tokens to their selected positions.
+    form        of the selection it takes: see `selection.Form`
+    everything  what stands for a selection that leaves nothing out: a tensor of that form, or None if that does
+    """
+
+    def form(self, group: Group) -> Form: ...
+
+    def everything(self, group: Group) -> Tensor | None: ...
+
+    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Tensor:
+        """Attention of a group's query tokens to what is selected for them.
 
         q          [G*Q, H, nope + rope], rope applied to the last part
-        w_kc       [H, nope, latent], w_vc [H, latent, v]: the two halves of kv_b_proj, per head
-        positions  [G*Q, k] int64 from `select`, -1 after the last; None: every position up to the query's own
+        kv_b       [H, nope + v, latent]: kv_b_proj, per head
+        selection  in its form; None: every position up to the query's own
         returns    [G*Q, H, v]
         """
 
@@ -47,9 +61,10 @@ class Metadata:
 
 
 class AttentionBackend:
-    """DSA over a `KVPool`, with one attention kernel for prefill and one for decode.
+    """DSA over a `KVPool`, with one attention kernel for prefill and one for decode; on a GPU a third for prefill
+    chunks whose context is up to `dense_prefill_threshold` tokens.
 
-    A selection is a list with one entry a group: positions, or None where every token is kept.
+    A selection is a list with one entry a group, of the form that the group's attention takes.
     """
 
     def __init__(
@@ -57,41 +72,80 @@ class AttentionBackend:
     ) -> None:
         self.pool = pool
         self.index_topk = model.index_topk
+        self._dense_threshold = dense_prefill_threshold
         self._prefill = _load(prefill)(pool, model.softmax_scale, dense_prefill_threshold)
         self._decode = self._prefill if decode == prefill else _load(decode)(pool, model.softmax_scale, 0)
+        self._dense = MaskedAttention(pool, model.softmax_scale, model.index_topk) if prefill != "reference" else None
+
+    def _attention(self, group: Group) -> Attention:
+        if group.is_decode:
+            return self._decode
+        if self._dense is not None and group.max_length <= self._dense_threshold:
+            return self._dense
+        return self._prefill
 
     def plan(self, batch: ForwardBatch) -> Metadata:
         """Group the batch; the result is passed back to the other calls of this step."""
-        return Metadata(batch, [self._with_pages(group) for group in group_batch(batch)])
+        return Metadata(batch, [self._planned(group) for group in group_batch(batch)])
 
-    def _with_pages(self, group: Group) -> Group:
-        scored = group.is_decode and group.max_length > self.index_topk
-        if not scored or group.lengths.device.type == "cpu" or not isinstance(self.pool.index[0], PackedIndex):
+    def _planned(self, group: Group) -> Group:
+        if group.max_length <= self.index_topk:
+            return replace(group, everything=self._attention(group).everything(group))
+        if not group.is_decode or group.lengths.device.type == "cpu" or not isinstance(self.pool.index[0], PackedIndex):
             return group
         return replace(group, pages=plan_pages(group.page_table, group.lengths))
 
-    def store(self, layer: int, metadata: Metadata, latent: Tensor, k_pe: Tensor, index_k: Tensor) -> None:
-        """Write the step's tokens to the cache. latent [T, 512], k_pe [T, 64], index_k [T, 128]; see `kv_pool`."""
-        self.pool.store(layer, metadata.batch.slots, latent, k_pe, index_k)
+    def store(
+        self,
+        layer: int,
+        metadata: Metadata,
+        latent: Tensor,
+        k_pe: Tensor,
+        index_k: Tensor,
+        norms: KeyNorms,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> None:
+        """Write the step's tokens to the cache. latent [T, 512], k_pe [T, 64], index_k [T, 128] as projected; see
+        `KVPool.store`.
+        """
+        self.pool.store(layer, metadata.batch.slots, latent, k_pe, index_k, norms, cos, sin)
+
+    def index_queries(
+        self, q: Tensor, gates: Tensor, gate_scale: float, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Index queries [T, Hi, D] as projected and gates [T, Hi] -> queries in the form of the cached keys, and their
+        weights [T, Hi] float32 with every factor of the query side.
+        """
+        if isinstance(self.pool.index[0], PackedIndex):
+            return index_queries(q, gates, gate_scale, cos, sin)
+        rope = 2 * cos.shape[1]
+        rotated = torch.cat([rope_half(q[..., :rope], cos, sin), q[..., rope:]], dim=-1)
+        return rotated.to(self.pool.index[0].dtype), gates.float() * gate_scale
 
     def select(self, layer: int, metadata: Metadata, q: Tensor, weights: Tensor) -> list[Tensor | None]:
-        """Score and pick. q [T, Hi, D] after rope, weights [T, Hi] float32; see `selection.select`.
+        """Score and pick. q [T, Hi, D], weights [T, Hi] as `index_queries` makes them; see `selection.select`.
 
         Needs `store` first.
         """
-        return [
-            select(self.pool, layer, group, q[group.tokens], weights[group.tokens], self.index_topk)
-            for group in metadata.groups
-        ]
+        chosen: list[Tensor | None] = []
+        for group in metadata.groups:
+            form = self._attention(group).form(group)
+            own = q[group.tokens], weights[group.tokens]
+            chosen.append(select(self.pool, layer, group, *own, self.index_topk, form))
+        return chosen
 
-    def attend(
-        self, layer: int, metadata: Metadata, q: Tensor, w_kc: Tensor, w_vc: Tensor, selection: list[Tensor | None]
-    ) -> Tensor:
-        """q [T, H, nope + rope] -> [T, H, v]; see `Attention.attend`."""
-        out = q.new_empty(q.shape[0], q.shape[1], w_vc.shape[2])
-        for group, positions in zip(metadata.groups, selection):
-            attention = self._decode if group.is_decode else self._prefill
-            out[group.tokens] = attention.attend(layer, group, q[group.tokens], w_kc, w_vc, positions)
+    def attend(self, layer: int, metadata: Metadata, q: Tensor, kv_b: Tensor, selection: list[Tensor | None]) -> Tensor:
+        """q [T, H, nope + rope], kv_b [H, nope + v, latent] -> [T, H, v]; see `Attention.attend`."""
+        outs = []
+        for group, chosen in zip(metadata.groups, selection):
+            chosen = group.everything if chosen is None else chosen
+            outs.append(self._attention(group).attend(layer, group, q[group.tokens], kv_b, chosen))
+        if len(outs) == 1 and isinstance(metadata.groups[0].tokens, slice):
+            return outs[0]
+        out = q.new_empty(q.shape[0], *outs[0].shape[1:])
+        for group, part in zip(metadata.groups, outs):
+            out[group.tokens] = part
         return out
 
     def needs_scores(self, metadata: Metadata) -> bool:

@@ -42,6 +42,8 @@ class Group:
     lengths     [G*Q] int64, number of tokens that each query token may see: its position + 1
     max_length  the largest of `lengths`, or more: a host int
     pages       prepared scoring of the index keys in their pages; None: keys are gathered
+    everything  the selection that leaves nothing out, in the form its attention takes; None where some query sees more
+                than top-k tokens, or the attention needs none
     """
 
     tokens: Tensor | slice
@@ -51,10 +53,17 @@ class Group:
     num_queries: int
     is_decode: bool
     pages: PagePlan | None = None
+    everything: Tensor | None = None
 
     @property
     def num_requests(self) -> int:
         return self.page_table.shape[0]
+
+    def context_slots(self) -> Tensor:
+        """KV slots of the only request's tokens, in order of position: [max_length] int64."""
+        assert self.num_requests == 1
+        positions = torch.arange(self.max_length, device=self.page_table.device)
+        return self.page_table[0, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
 
 
 def group_batch(batch: ForwardBatch) -> list[Group]:

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from baleen.attention.absorbed import absorb, head_values, position_slots
 from baleen.attention.batch import Group
 from baleen.attention.kv_pool import KVPool, PackedLatent
-from baleen.attention.selection import visible_positions
+from baleen.attention.selection import Form, visible_positions
 from baleen.config import PAGE_SIZE
 
 INDEX_MULTIPLE = 128
@@ -29,31 +29,33 @@ class FlashMlaSparse:
     def __init__(self, pool: KVPool, softmax_scale: float, dense_prefill_threshold: int) -> None:
         self.pool = pool
         self.softmax_scale = softmax_scale
+        self._dequantizes = isinstance(pool.latent[0], PackedLatent)
 
-    def attend(
-        self, layer: int, group: Group, q: Tensor, w_kc: Tensor, w_vc: Tensor, positions: Tensor | None
-    ) -> Tensor:
+    def form(self, group: Group) -> Form:
+        return "rows" if self._dequantizes else "slots"
+
+    def everything(self, group: Group) -> Tensor:
+        positions = visible_positions(group)
+        return _indices(positions if self._dequantizes else position_slots(group, positions))
+
+    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Tensor:
         """See `backend.Attention.attend`."""
-        if positions is None:
-            positions = visible_positions(group)
+        assert selection is not None
         rows = self.pool.latent[layer]
         if isinstance(rows, PackedLatent):
             assert group.num_requests == 1, "decode over an fp8 cache is flashmla_kv's"
-            offsets = torch.arange(PAGE_SIZE, device=q.device)
-            slots = (group.page_table[0, :, None] * PAGE_SIZE + offsets).flatten()
-            rows = self.pool.read_latent(layer, slots).to(q.dtype)
-        else:
-            positions = position_slots(group, positions)
+            rows = self.pool.read_latent(layer, group.context_slots(), q.dtype)
+        nope = q.shape[2] - self.pool.rope_dim
         out = flash_mla_sparse_fwd(
-            _padded_heads(absorb(q, w_kc)),
+            _padded_heads(absorb(q, kv_b, nope)),
             rows.unsqueeze(1),
-            _indices(positions),
+            _indices(selection).unsqueeze(1),
             self.softmax_scale,
             self.pool.latent_dim,
             use_legacy=True,
             return_log2_lse=False,
         )[0]
-        return head_values(out[:, : q.shape[1]], w_vc)
+        return head_values(out[:, : q.shape[1]], kv_b, nope)
 
 
 class FlashMlaKv:
@@ -66,18 +68,24 @@ class FlashMlaKv:
         # CUDA graphs too: they hold its address.
         self._schedules: dict[tuple[int, int], object] = {}
 
-    def attend(
-        self, layer: int, group: Group, q: Tensor, w_kc: Tensor, w_vc: Tensor, positions: Tensor | None
-    ) -> Tensor:
+    def form(self, group: Group) -> Form:
+        return "slots"
+
+    def everything(self, group: Group) -> Tensor:
+        return _indices(position_slots(group, visible_positions(group)))
+
+    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Tensor:
         """See `backend.Attention.attend`."""
+        assert selection is not None
         rows = self.pool.latent[layer]
         assert isinstance(rows, PackedLatent)
-        indices = _indices(position_slots(group, visible_positions(group) if positions is None else positions))
+        indices = _indices(selection).unsqueeze(1)
         schedule = get_mla_metadata()[0]
         if group.is_decode:
             schedule = self._schedules.setdefault((indices.shape[0], indices.shape[2]), schedule)
+        nope = q.shape[2] - self.pool.rope_dim
         out, _ = flash_mla_with_kvcache(
-            _padded_heads(absorb(q, w_kc)).unsqueeze(1),
+            _padded_heads(absorb(q, kv_b, nope)).unsqueeze(1),
             rows.rows.view(torch.float8_e4m3fn).unflatten(0, (-1, PAGE_SIZE)).unsqueeze(2),
             None,
             None,
@@ -88,15 +96,16 @@ class FlashMlaKv:
             indices=indices,
             use_legacy=True,
         )
-        return head_values(out[:, 0, : q.shape[1]], w_vc)
+        return head_values(out[:, 0, : q.shape[1]], kv_b, nope)
 
 
 def _padded_heads(query: Tensor) -> Tensor:
     """[T, H, D] -> [T, 64 or 128, D]."""
-    return pad(query, (0, 0, 0, (64 if query.shape[1] <= 64 else 128) - query.shape[1]))
+    missing = (64 if query.shape[1] <= 64 else 128) - query.shape[1]
+    return pad(query, (0, 0, 0, missing)) if missing else query
 
 
-def _indices(positions: Tensor) -> Tensor:
-    """[T, k] int64 -> [T, 1, k'] int32, filled up with -1."""
-    missing = -positions.shape[1] % INDEX_MULTIPLE
-    return pad(positions.int(), (0, missing), value=-1).unsqueeze(1)
+def _indices(selection: Tensor) -> Tensor:
+    """[T, k] -> [T, k'] int32, filled up with -1."""
+    missing = -selection.shape[1] % INDEX_MULTIPLE
+    return pad(selection.int(), (0, missing), value=-1) if missing else selection.int()

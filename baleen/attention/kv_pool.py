@@ -15,13 +15,14 @@ Hadamard transform. Layouts: FlashMLA's and DeepGEMM's documentation of their pa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from baleen.config import PAGE_SIZE, ModelConfig
-from baleen.kernels.hadamard import hadamard
-from baleen.kernels.kv_store import gather_index_fp8, gather_latent_fp8, store_index_fp8, store_latent_fp8, store_rows
+from baleen.kernels.kv_store import gather_index_fp8, gather_latent_bf16, gather_latent_fp8
+from baleen.kernels.mla_inputs import store_keys
 
 QUANT_BLOCK = 128
 
@@ -64,6 +65,19 @@ class PackedIndex:
             pages[:, :keys_end].view(torch.float8_e4m3fn).unflatten(1, (PAGE_SIZE, key_dim)),
             pages[:, keys_end:].view(torch.float32),
         )
+
+
+class KeyNorms(NamedTuple):
+    """What a layer's keys go through before they are stored: RMSNorm of the latent, LayerNorm of the index key.
+
+    weights and bias float32: [512]; [128], [128]
+    """
+
+    latent_weight: Tensor
+    latent_eps: float
+    key_weight: Tensor
+    key_bias: Tensor
+    key_eps: float
 
 
 class KVPool:
@@ -109,26 +123,33 @@ class KVPool:
             return PackedIndex.of(torch.empty(pages, size, dtype=torch.uint8, device=device), self.key_dim)
         return torch.empty(pages, PAGE_SIZE, self.key_dim, dtype=getattr(torch, dtype), device=device)
 
-    def store(self, layer: int, slots: Tensor, latent: Tensor, k_pe: Tensor, index_k: Tensor) -> None:
-        """Write T tokens. slots [T] int64; latent [T, 512], k_pe [T, 64], index_k [T, 128] float."""
-        rows = self.latent[layer]
-        if isinstance(rows, PackedLatent):
-            store_latent_fp8(rows.values, rows.scales, rows.rope, slots, latent, k_pe)
-        else:
-            store_rows(rows[:, : self.latent_dim], slots, latent)
-            store_rows(rows[:, self.latent_dim :], slots, k_pe)
-        keys = self.index[layer]
-        if isinstance(keys, PackedIndex):
-            store_index_fp8(keys.keys, keys.scales, slots, hadamard(index_k))
-        else:
-            store_rows(keys.view(-1, self.key_dim), slots, index_k)
+    def store(
+        self,
+        layer: int,
+        slots: Tensor,
+        latent: Tensor,
+        k_pe: Tensor,
+        index_k: Tensor,
+        norms: KeyNorms,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> None:
+        """Norm, rotate and write T tokens. slots [T] int64; latent [T, 512], k_pe [T, 64], index_k [T, 128] as
+        projected; cos, sin [T, 32] float32.
+        """
+        rows, keys = self.latent[layer], self.index[layer]
+        latent_cache = (rows.values, rows.scales, rows.rope) if isinstance(rows, PackedLatent) else (rows,)
+        index_cache = (keys.keys, keys.scales) if isinstance(keys, PackedIndex) else (keys.view(-1, self.key_dim),)
+        store_keys(latent, k_pe, index_k, *norms, cos, sin, slots, latent_cache, index_cache)
 
-    def read_latent(self, layer: int, slots: Tensor) -> Tensor:
-        """Rows of `slots` [N] int64 -> [N, 576] in the pool's float type, float32 from fp8."""
+    def read_latent(self, layer: int, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of `slots` [N] int64 -> [N, 576] in `dtype`."""
         rows = self.latent[layer]
-        if isinstance(rows, PackedLatent):
-            return gather_latent_fp8(rows.values, rows.scales, rows.rope, slots)
-        return rows[slots]
+        if not isinstance(rows, PackedLatent):
+            return rows.index_select(0, slots).to(dtype)
+        if dtype == torch.bfloat16:
+            return gather_latent_bf16(rows.values, rows.scales, rows.rope, slots)
+        return gather_latent_fp8(rows.values, rows.scales, rows.rope, slots).to(dtype)
 
     def read_index(self, layer: int, page_table: Tensor) -> tuple[Tensor, Tensor | None]:
         """Index keys of G requests.

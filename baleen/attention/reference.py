@@ -14,8 +14,7 @@ from torch import Tensor
 from baleen.attention.absorbed import absorb, head_values, position_slots
 from baleen.attention.batch import Group
 from baleen.attention.kv_pool import KVPool, PackedLatent
-from baleen.attention.selection import selection_mask, visible_positions
-from baleen.config import PAGE_SIZE
+from baleen.attention.selection import Form, selection_mask, visible_positions
 from baleen.kernels.dense_mla import dense_mla
 from baleen.kernels.sparse_mla import sparse_mla, sparse_mla_fp8
 
@@ -28,38 +27,37 @@ class ReferenceAttention:
         self.softmax_scale = softmax_scale
         self.dense_prefill_threshold = dense_prefill_threshold
 
-    def attend(
-        self, layer: int, group: Group, q: Tensor, w_kc: Tensor, w_vc: Tensor, positions: Tensor | None
-    ) -> Tensor:
+    def form(self, group: Group) -> Form:
+        return "positions"
+
+    def everything(self, group: Group) -> None:
+        """Made where it is needed: a CPU's masked form needs none."""
+
+    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Tensor:
         """See `backend.Attention.attend`."""
         if not group.is_decode and group.max_length <= self.dense_prefill_threshold:
-            return self._dense(layer, group, q, w_kc, w_vc, positions)
-        return self._absorbed(layer, group, q, w_kc, w_vc, positions)
+            return self._dense(layer, group, q, kv_b, selection)
+        return self._absorbed(layer, group, q, kv_b, selection)
 
-    def _absorbed(
-        self, layer: int, group: Group, q: Tensor, w_kc: Tensor, w_vc: Tensor, positions: Tensor | None
-    ) -> Tensor:
+    def _absorbed(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, positions: Tensor | None) -> Tensor:
         if positions is None:
             positions = visible_positions(group)
         slots = position_slots(group, positions)
-        query = absorb(q, w_kc)
+        nope = q.shape[2] - self.pool.rope_dim
+        query = absorb(q, kv_b, nope)
         rows = self.pool.latent[layer]
         if isinstance(rows, PackedLatent):
             out = sparse_mla_fp8(query, rows.values, rows.scales, rows.rope, slots, self.softmax_scale)
         else:
             out = sparse_mla(query, rows, slots, self.softmax_scale, self.pool.latent_dim)
-        return head_values(out, w_vc)
+        return head_values(out, kv_b, nope)
 
-    def _dense(
-        self, layer: int, group: Group, q: Tensor, w_kc: Tensor, w_vc: Tensor, positions: Tensor | None
-    ) -> Tensor:
-        slots = torch.arange(group.max_length, device=q.device)
-        slots = group.page_table[0][slots // PAGE_SIZE] * PAGE_SIZE + slots % PAGE_SIZE
-        rows = self.pool.read_latent(layer, slots).to(q.dtype)
+    def _dense(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, positions: Tensor | None) -> Tensor:
+        rows = self.pool.read_latent(layer, group.context_slots(), q.dtype)
         latent, k_pe = rows.split([self.pool.latent_dim, self.pool.rope_dim], dim=-1)
-        num_heads, nope, _ = w_kc.shape
-        keys = rows.new_empty(rows.shape[0], num_heads, nope + self.pool.rope_dim)
-        keys[..., :nope] = torch.matmul(latent, w_kc.transpose(1, 2)).transpose(0, 1)
+        nope = q.shape[2] - self.pool.rope_dim
+        keys = rows.new_empty(rows.shape[0], kv_b.shape[0], q.shape[2])
+        keys[..., :nope] = torch.matmul(latent, kv_b[:, :nope].transpose(1, 2)).transpose(0, 1)
         keys[..., nope:] = k_pe[:, None]
-        values = torch.matmul(latent, w_vc).transpose(0, 1)
+        values = torch.matmul(latent, kv_b[:, nope:].transpose(1, 2)).transpose(0, 1)
         return dense_mla(q, keys, values, selection_mask(group, positions), self.softmax_scale)

@@ -13,7 +13,8 @@ from torch import Tensor
 from baleen.attention import selection
 from baleen.attention.backend import AttentionBackend, Metadata, make_backend
 from baleen.attention.batch import ForwardBatch, group_batch
-from baleen.attention.test_models import small_model
+from baleen.attention.masked import MaskedAttention
+from baleen.attention.test_models import index_keys, latents, no_norms, no_rope, small_model
 from baleen.kernels.index_logits import plan_pages
 
 MODEL = small_model()
@@ -27,9 +28,9 @@ class Requests:
     def __init__(self, lengths: list[int], q_lens: list[int], seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.lengths, self.q_lens = lengths, q_lens
-        self.latent = [torch.randn(n, LATENT) for n in lengths]
+        self.latent = [latents(n, LATENT) for n in lengths]
         self.k_pe = [torch.randn(n, ROPE) for n in lengths]
-        self.index_k = [torch.randn(n, INDEX_DIM) for n in lengths]
+        self.index_k = [index_keys(n, INDEX_DIM) for n in lengths]
         total = sum(q_lens)
         self.q = torch.randn(total, HEADS, NOPE + ROPE)
         self.index_q = torch.randn(total, INDEX_HEADS, INDEX_DIM)
@@ -54,16 +55,17 @@ class Requests:
             batch = ForwardBatch(
                 positions, positions, self.slots(r, positions), self.page_table[r : r + 1], [length], [length], 0
             )
-            backend.store(0, backend.plan(batch), self.latent[r], self.k_pe[r], self.index_k[r])
+            keys = self.latent[r], self.k_pe[r], self.index_k[r]
+            backend.store(0, backend.plan(batch), *keys, no_norms(LATENT, INDEX_DIM), *no_rope(length, ROPE))
         positions = torch.cat([torch.arange(n - q, n) for n, q in zip(self.lengths, self.q_lens)])
         num_decode = next((r for r, q in enumerate(self.q_lens) if q > 1), len(self.q_lens))
         batch = ForwardBatch(positions, positions, positions, self.page_table, self.q_lens, self.lengths, num_decode)
         metadata = backend.plan(batch)
         selection: list[Tensor | None] = [None] * len(metadata.groups)
         if backend.needs_scores(metadata):
-            selection = backend.select(0, metadata, self.index_q, self.gates)
-        w_kc, w_vc = self.kv_b[:, :NOPE], self.kv_b[:, NOPE:].transpose(1, 2)
-        return backend.attend(0, metadata, self.q, w_kc, w_vc, selection), selection
+            rope = no_rope(len(self.gates), ROPE)
+            selection = backend.select(0, metadata, *backend.index_queries(self.index_q, self.gates, 1.0, *rope))
+        return backend.attend(0, metadata, self.q, self.kv_b, selection), selection
 
     def expected(self) -> Tensor:
         """Query by query: score every token, keep the best 32, expand their keys and values, softmax."""
@@ -114,6 +116,18 @@ def test_equals_a_plain_loop(case: str, threshold: int) -> None:
     requests = Requests(*CASES[case])
     out, _ = requests.run(make(requests, threshold=threshold))
     torch.testing.assert_close(out, requests.expected(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv", ["float32", "fp8_e4m3"])
+@pytest.mark.parametrize("case", [case for case in CASES if "decode," not in case])
+def test_the_masked_form_of_a_gpu_is_the_same(case: str, kv: str) -> None:
+    """The selection as a bitmask, keys and values of all heads expanded, whatever else is in the batch."""
+    requests = Requests(*CASES[case])
+    expected, _ = requests.run(make(requests, threshold=0, kv=kv))
+    backend = make(requests, threshold=4096, kv=kv)
+    backend._dense = MaskedAttention(backend.pool, MODEL.softmax_scale, TOPK)
+    out, _ = requests.run(backend)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("index", ["float32", "fp8_e4m3"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from baleen.attention.kv_pool import KVPool, PackedIndex, PackedLatent
-from baleen.attention.test_models import small_model
+from baleen.attention.test_models import index_keys, latents, no_norms, no_rope, small_model
 
 MODEL = dataclasses.replace(
     small_model(), num_hidden_layers=1, kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128
@@ -33,11 +33,14 @@ def test_latent_row_of_656_bytes() -> None:
     rows = pool.latent[0]
     assert isinstance(rows, PackedLatent)
     torch.manual_seed(0)
-    latent = torch.randn(3, 512) * torch.tensor([1.0, 100.0, 1e-6])[:, None]
+    rows_in = latents(3, 512)
+    latent = rows_in * torch.tensor([1.0, 100.0, 1e-6, 0.02]).repeat_interleave(128)
     k_pe = torch.randn(3, 64)
     slots = torch.tensor([64, 130, 191])
     rows.values.untyped_storage().fill_(0xAB)
-    pool.store(0, slots, latent, k_pe, torch.zeros(3, 128))
+    norms = no_norms(512, 128)
+    norms.latent_weight.copy_(latent[0] / rows_in[0])
+    pool.store(0, slots, rows_in, k_pe, index_keys(3, 128), norms, *no_rope(3, 64))
     data = raw_bytes(rows.values)
     assert len(data) == 3 * 64 * 656
     for token, slot in enumerate(slots.tolist()):
@@ -57,8 +60,14 @@ def test_latent_row_of_656_bytes() -> None:
     for slot in set(range(192)) - set(slots.tolist()):
         assert data[slot * 656 : (slot + 1) * 656] == b"\xab" * 656, f"slot {slot} was written"
     torch.testing.assert_close(
-        pool.read_latent(0, slots)[:, :512], latent, rtol=2**-4, atol=float(1e-4 / 448 * 2 * 2**-10)
+        pool.read_latent(0, slots, torch.float32)[:, :512], latent, rtol=2**-4, atol=float(1e-4 / 448 * 2 * 2**-10)
     )
+
+
+def _store_keys(pool: KVPool, slots: torch.Tensor, keys: torch.Tensor) -> None:
+    tokens = len(slots)
+    rest = latents(tokens, 512), torch.zeros(tokens, 64)
+    pool.store(0, slots, *rest, keys, no_norms(512, 128), *no_rope(tokens, 64))
 
 
 def test_index_page_of_8448_bytes() -> None:
@@ -66,8 +75,8 @@ def test_index_page_of_8448_bytes() -> None:
     pages = pool.index[0]
     assert isinstance(pages, PackedIndex)
     torch.manual_seed(0)
-    keys = torch.randn(2, 128)
-    pool.store(0, torch.tensor([64 + 5, 128 + 63]), torch.zeros(2, 512), torch.zeros(2, 64), keys)
+    keys = index_keys(2, 128)
+    _store_keys(pool, torch.tensor([64 + 5, 128 + 63]), keys)
     data = raw_bytes(pages.keys)
     assert len(data) == 3 * 8448
     # an orthonormal transform keeps the dot product of two keys
@@ -91,13 +100,13 @@ def test_index_page_of_8448_bytes() -> None:
 def test_float_index_reads_what_was_stored(pages: list[int]) -> None:
     """Consecutive pages come back as a view, others as a copy: the same content."""
     pool = KVPool(MODEL, 2, "float32", "float32", torch.device("cpu"))
-    keys = torch.randn(128, 128)
+    keys = index_keys(128, 128)
     positions = torch.arange(128)
     slots = torch.tensor(pages)[positions // 64] * 64 + positions % 64
-    pool.store(0, slots, torch.zeros(128, 512), torch.zeros(128, 64), keys)
+    _store_keys(pool, slots, keys)
     read, scales = pool.read_index(0, torch.tensor([pages]))
     assert scales is None
-    assert torch.equal(read[0], keys)
+    torch.testing.assert_close(read[0], keys, rtol=1e-6, atol=1e-6)
 
 
 def test_fp8_latent_needs_whole_blocks() -> None:

@@ -1,8 +1,35 @@
-"""What the tests of this folder share: a small model config."""
+"""What the tests of this folder share: a small model config, and keys that norms and rope leave as they are."""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from baleen.attention.kv_pool import KeyNorms
 from baleen.config import ModelConfig, RopeScaling
+
+
+def latents(*shape: int) -> Tensor:
+    """Random rows that RMSNorm without a weight keeps."""
+    rows = torch.randn(shape)
+    return rows / rows.square().mean(-1, keepdim=True).sqrt()
+
+
+def index_keys(*shape: int) -> Tensor:
+    """Random rows that LayerNorm without weights keeps."""
+    rows = torch.randn(shape)
+    rows -= rows.mean(-1, keepdim=True)
+    return rows / rows.square().mean(-1, keepdim=True).sqrt()
+
+
+def no_norms(latent: int, key: int) -> KeyNorms:
+    """Norms without weights, of so many dims."""
+    return KeyNorms(torch.ones(latent), 0.0, torch.ones(key), torch.zeros(key), 0.0)
+
+
+def no_rope(num_tokens: int, dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin that turn nothing."""
+    return torch.ones(num_tokens, dim // 2), torch.zeros(num_tokens, dim // 2)
 
 
 def small_model() -> ModelConfig:

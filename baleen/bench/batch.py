@@ -1,7 +1,7 @@
 """One static batch through the runner, as SGLang's bench_one_batch: prefill of every prompt, then decode steps.
 
 The options are its own and any flag of `baleen serve`. Prompts are random ids; every run is measured after one that
-warms up what is compiled, captured or cached.
+warms up what is compiled, captured or cached. `--profile` then runs some steps once more and writes their kernels.
 """
 
 from __future__ import annotations
@@ -14,22 +14,27 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from baleen import flags
+from baleen.bench import trace
 from baleen.config import PAGE_SIZE, Config, ConfigError
 from baleen.messages import OpenSlot, SamplingParams, ScheduledBatch, ScheduledRow
+from baleen.runner.measurement import fill_cache, record
 from baleen.runner.model_runner import ModelRunner
 
 GREEDY = SamplingParams(temperature=0.0)
+PROFILED_STEPS = 5  # of decode
 
 
 @dataclass(frozen=True)
 class Result:
     """Figures of one batch; times in milliseconds.
 
+    prefill_*             None where there was none: --skip-prefill
     decode_ms             median of a step that is waited for before the next begins, as SGLang measures
     decode_overlapped_ms  a step where the next is always started before it ends, as the engine runs
     """
@@ -37,8 +42,8 @@ class Result:
     batch_size: int
     input_len: int
     output_len: int
-    prefill_ms: float
-    prefill_tokens_per_s: float
+    prefill_ms: float | None
+    prefill_tokens_per_s: float | None
     decode_ms: float
     decode_overlapped_ms: float
     decode_tokens_per_s: float
@@ -46,24 +51,7 @@ class Result:
 
 def main(argv: list[str], environ: Mapping[str, str]) -> int:
     """Run `baleen bench batch`. 2 if a flag asks for what cannot be done."""
-    parser = flags.Parser(
-        prog="baleen bench batch",
-        usage="baleen bench batch (--model CHECKPOINT | --config-only FILE) [options] [flags of baleen serve]",
-        description="One static batch, without a server: prefill and decode steps.",
-    )
-    parser.add_argument(
-        "--config-only", type=Path, metavar="FILE", help="a config.json: random weights are made for it"
-    )
-    parser.add_argument("--batch-size", "--batch", type=int, nargs="+", default=[1], metavar="N", help="requests")
-    parser.add_argument("--input-len", type=int, nargs="+", default=[1024], metavar="N", help="tokens of each prompt")
-    parser.add_argument("--output-len", type=int, nargs="+", default=[16], metavar="N", help="tokens of each reply")
-    parser.add_argument("--result-filename", type=Path, metavar="FILE", help="append a line of JSON for each batch")
-    given, serve_flags = parser.parse_known_args(argv)
-    for name in ("batch_size", "input_len", "output_len"):
-        if min(getattr(given, name)) < (2 if name == "output_len" else 1):
-            raise ConfigError(
-                "--" + name.replace("_", "-"), "is too small", "write at least 1, --output-len at least 2"
-            )
+    given, serve_flags = _parse(argv)
     longest = max(given.input_len) + max(given.output_len)
     # what the flags given do not say: as large as these batches need
     sized = [
@@ -82,21 +70,61 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
         runner = ModelRunner(resolution.config, progress=sys.stderr.isatty())
     config = resolution.config
     print(f"loaded in {runner.load_seconds:.1f} s: {config.load.device}, {_kernels(config)}", file=sys.stderr)
-    results = []
+    if given.skip_prefill:
+        fill_cache(runner.backend.pool)
+    lines: list[str] = []
+    batches = []
     for shape in itertools.product(given.batch_size, given.input_len, given.output_len):
         problem = _problem(config, *shape)
         if problem:
             print(f"batch of {shape[0]}, {shape[1]} in, {shape[2]} out: left out, {problem}", file=sys.stderr)
             continue
-        results.append(measure(runner, config, *shape))
-        print(_row(results[-1], header=len(results) == 1), flush=True)
-    for result in results:
-        line = json.dumps({**asdict(result), "device": config.load.device, "kernels": _kernels(config)})
-        print(line)
+        batch = Batch(runner, config, *shape, skip_prefill=given.skip_prefill)
+        result = batch.measure()
+        batches.append(batch)
+        print(_row(result, header=not lines), flush=True)
+        lines.append(json.dumps({**asdict(result), "device": config.load.device, "kernels": _kernels(config)}))
         if given.result_filename is not None:
             with given.result_filename.open("a") as file:
-                file.write(line + "\n")
+                file.write(lines[-1] + "\n")
+    # Last: a profiler that was on once may slow down what comes after.
+    for batch in batches if given.profile else ():
+        batch.profile(given.profile_filename_prefix, name_length=len(given.input_len) > 1)
+    print("\n".join(lines))
     return 0
+
+
+def _parse(argv: list[str]) -> tuple[Any, list[str]]:
+    """The options of this command, and the rest: flags of `baleen serve`. Raises ConfigError."""
+    parser = flags.Parser(
+        prog="baleen bench batch",
+        usage="baleen bench batch (--model CHECKPOINT | --config-only FILE) [options] [flags of baleen serve]",
+        description="One static batch, without a server: prefill and decode steps.",
+    )
+    parser.add_argument(
+        "--config-only", type=Path, metavar="FILE", help="a config.json: random weights are made for it"
+    )
+    parser.add_argument("--batch-size", "--batch", type=int, nargs="+", default=[1], metavar="N", help="requests")
+    parser.add_argument("--input-len", type=int, nargs="+", default=[1024], metavar="N", help="tokens of each prompt")
+    parser.add_argument("--output-len", type=int, nargs="+", default=[16], metavar="N", help="tokens of each reply")
+    parser.add_argument("--result-filename", type=Path, metavar="FILE", help="append a line of JSON for each batch")
+    parser.add_argument(
+        "--skip-prefill", action="store_true", help="fill the cache with random tokens instead: decode steps alone"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="write the kernels of a prefill and of a decode step, with the pauses"
+    )
+    parser.add_argument(
+        "--profile-filename-prefix", default="profile", metavar="PATH",
+        help="of the files <prefix>_prefill_B<batch size>.txt and <prefix>_decode_B<batch size>.txt",
+    )  # fmt: skip
+    given, serve_flags = parser.parse_known_args(argv)
+    for name in ("batch_size", "input_len", "output_len"):
+        if min(getattr(given, name)) < (2 if name == "output_len" else 1):
+            raise ConfigError(
+                "--" + name.replace("_", "-"), "is too small", "write at least 1, --output-len at least 2"
+            )
+    return given, serve_flags
 
 
 def _problem(config: Config, batch_size: int, input_len: int, output_len: int) -> str:
@@ -108,66 +136,130 @@ def _problem(config: Config, batch_size: int, input_len: int, output_len: int) -
     return ""
 
 
-def measure(runner: ModelRunner, config: Config, batch_size: int, input_len: int, output_len: int) -> Result:
-    """One batch, run twice: the figures are the second's."""
-    chooser = random.Random(0)
-    prompts = [
-        tuple(chooser.randrange(3, config.model.vocab_size) for _ in range(input_len)) for _ in range(batch_size)
-    ]
-    prefill_s = 0.0
-    for _ in range(2):
-        started = time.perf_counter()
-        for batch in _prefill(prompts, output_len, config.scheduler.chunked_prefill_size):
-            launched = runner.execute(batch)
-        launched.wait()
-        prefill_s = time.perf_counter() - started
-        times = []
-        for batch in _decode(batch_size, input_len, output_len):
+class Batch:
+    """One static batch on a runner: requests of one length, each with its slot and pages."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        config: Config,
+        batch_size: int,
+        input_len: int,
+        output_len: int,
+        *,
+        skip_prefill: bool = False,
+    ) -> None:
+        self._runner, self._skip_prefill = runner, skip_prefill
+        self._batch_size, self._input_len, self._output_len = batch_size, input_len, output_len
+        self._num_layers = config.model.num_hidden_layers
+        self._chunk = config.scheduler.chunked_prefill_size
+        chooser = random.Random(0)
+        vocab_size = config.model.vocab_size
+        length = 1 if skip_prefill else input_len
+        self._prompts = [tuple(chooser.randrange(3, vocab_size) for _ in range(length)) for _ in range(batch_size)]
+
+    def measure(self) -> Result:
+        """The batch, run twice: the figures are the second's."""
+        prefill_s = 0.0
+        for _ in range(2):
             started = time.perf_counter()
-            runner.execute(batch).wait()
-            times.append(time.perf_counter() - started)
-    overlapped_s = _overlapped(runner, batch_size, input_len, output_len)
-    decode_s = statistics.median(times)
-    return Result(
-        batch_size,
-        input_len,
-        output_len,
-        prefill_ms=1000 * prefill_s,
-        prefill_tokens_per_s=batch_size * input_len / prefill_s,
-        decode_ms=1000 * decode_s,
-        decode_overlapped_ms=1000 * overlapped_s,
-        decode_tokens_per_s=batch_size / overlapped_s,
-    )
+            self._run(self._prefill())
+            prefill_s = time.perf_counter() - started
+            times = []
+            for batch in self._decode():
+                started = time.perf_counter()
+                self._runner.execute(batch).wait()
+                times.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        self._run_overlapped(self._decode())
+        overlapped_s = (time.perf_counter() - started) / (self._output_len - 1)
+        tokens = self._batch_size * self._input_len
+        return Result(
+            self._batch_size,
+            self._input_len,
+            self._output_len,
+            prefill_ms=None if self._skip_prefill else 1000 * prefill_s,
+            prefill_tokens_per_s=None if self._skip_prefill else tokens / prefill_s,
+            decode_ms=1000 * statistics.median(times),
+            decode_overlapped_ms=1000 * overlapped_s,
+            decode_tokens_per_s=self._batch_size / overlapped_s,
+        )
 
+    def profile(self, prefix: str, *, name_length: bool) -> None:
+        """Run it once more, and write what the device did in the last prefill step and in some decode steps.
 
-def _overlapped(runner: ModelRunner, batch_size: int, input_len: int, output_len: int) -> float:
-    """Seconds of a decode step, the same steps again, each started before the one before it has ended."""
-    started = time.perf_counter()
-    before = None
-    for batch in _decode(batch_size, input_len, output_len):
-        launched = runner.execute(batch)
+        name_length   the files' names hold the prompts' length too
+        """
+        device = self._runner.device
+        ending = f"B{self._batch_size}" + (f"_in{self._input_len}" if name_length else "")
+        shape = f"batch of {self._batch_size}, {self._input_len} in"
+        if not self._skip_prefill:
+            *before, last = self._prefill()
+            self._run(before)
+            activities = record(lambda: self._run([last]), device)
+            tokens = sum(row.num_tokens for row in last.rows)
+            self._write(f"{prefix}_prefill_{ending}.txt", f"prefill step of {tokens} tokens, {shape}", activities, 1)
+        else:
+            self._run(self._prefill())
+        batches = list(itertools.islice(self._decode(), PROFILED_STEPS))
+        activities = record(lambda: self._run_overlapped(batches), device)
+        self._write(f"{prefix}_decode_{ending}.txt", f"decode step, {shape}", activities, len(batches))
+
+    def _write(self, path: str, title: str, recorded: Iterable[tuple[str, float, float, int, int]], count: int) -> None:
+        activities = [trace.Activity(*one) for one in recorded]
+        Path(path).write_text(trace.table(title, activities, count, self._num_layers))
+        print(f"{title}: {path}", file=sys.stderr)
+
+    def _prefill(self) -> Iterator[ScheduledBatch]:
+        """Steps that leave every prompt in the cache and a first token sampled; where prefill is skipped, one step of
+        the last token of each.
+        """
+        if self._skip_prefill:
+            return _prefill(self._prompts, self._input_len + self._output_len, self._batch_size, self._input_len - 1)
+        return _prefill(self._prompts, self._input_len + self._output_len, self._chunk)
+
+    def _decode(self) -> Iterator[ScheduledBatch]:
+        return _decode(self._batch_size, self._input_len, self._output_len)
+
+    def _run(self, batches: Iterable[ScheduledBatch]) -> None:
+        launched = None
+        for batch in batches:
+            launched = self._runner.execute(batch)
+        if launched is not None:
+            launched.wait()
+
+    def _run_overlapped(self, batches: Iterable[ScheduledBatch]) -> None:
+        """Each step is started before the one before it has ended."""
+        before = None
+        for batch in batches:
+            launched = self._runner.execute(batch)
+            if before is not None:
+                before.wait()
+            before = launched
         if before is not None:
             before.wait()
-        before = launched
-    assert before is not None
-    before.wait()
-    return (time.perf_counter() - started) / (output_len - 1)
 
 
-def _prefill(prompts: list[tuple[int, ...]], output_len: int, tokens_per_step: int) -> Iterator[ScheduledBatch]:
-    """Every prompt in chunks that fill the steps; each request has its pages from the start."""
-    num_pages = -(-(len(prompts[0]) + output_len) // PAGE_SIZE)
+def _prefill(
+    prompts: list[tuple[int, ...]], length: int, tokens_per_step: int, first_position: int = 0
+) -> Iterator[ScheduledBatch]:
+    """Every prompt in chunks that fill the steps; each request has pages for `length` tokens from the start.
+
+    first_position   of a prompt's first token; what is before it is in the cache
+    """
+    num_pages = -(-length // PAGE_SIZE)
     rows: list[ScheduledRow] = []
     room = tokens_per_step
     for slot, prompt in enumerate(prompts):
         first = 1 + slot * num_pages
         pages = tuple(range(first, first + num_pages))
-        opened: OpenSlot | None = OpenSlot(sampling=GREEDY, pages=pages, num_prompt=len(prompt))
+        opened: OpenSlot | None = OpenSlot(sampling=GREEDY, pages=pages, num_prompt=first_position + len(prompt))
         start = 0
         while start < len(prompt):
             chunk = prompt[start : start + room]
             last = start + len(chunk) == len(prompt)
-            rows.append(ScheduledRow(slot=slot, start=start, token_ids=chunk, sample=last, open=opened))
+            position = first_position + start
+            rows.append(ScheduledRow(slot=slot, start=position, token_ids=chunk, sample=last, open=opened))
             start, room, opened = start + len(chunk), room - len(chunk), None
             if room == 0:
                 yield ScheduledBatch(0, _decode_first(rows))
@@ -195,7 +287,8 @@ def _kernels(config: Config) -> str:
 def _row(result: Result, *, header: bool) -> str:
     """One line of the table, with the header before the first."""
     titles = ("batch", "in", "out", "prefill ms", "prefill tok/s", "decode ms", "overlapped ms", "decode tok/s")
-    cells = [f"{value:.2f}" if isinstance(value, float) else str(value) for value in asdict(result).values()]
+    values = ["-" if value is None else value for value in asdict(result).values()]
+    cells = [f"{value:.2f}" if isinstance(value, float) else str(value) for value in values]
     widths = [max(6, len(title)) for title in titles]
     lines = ([titles] if header else []) + [tuple(cells)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)

@@ -49,6 +49,37 @@ def test_a_table_and_a_line_of_json_for_each_batch(
     assert "memory plan:" in shown.err
 
 
+def test_decode_without_prefill_is_over_a_cache_of_random_tokens(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results.jsonl"
+    line = f"bench batch --config-only {config} --batch-size 2 --input-len 130 --output-len 3 --skip-prefill"
+    assert command([*line.split(), "--result-filename", str(out)], {}) == 0
+    result = json.loads(out.read_text())
+    assert result["prefill_ms"] is None
+    assert result["prefill_tokens_per_s"] is None
+    assert result["decode_ms"] > 0
+    assert "    -" in capsys.readouterr().out
+
+
+def test_a_step_without_prefill_computes_the_last_token_of_each_prompt() -> None:
+    (step,) = _prefill([(7,), (9,)], 70, 2, 66)
+    assert [(row.slot, row.start, row.token_ids, row.sample) for row in step.rows] == [
+        (0, 66, (7,), True),
+        (1, 66, (9,), True),
+    ]
+    assert [row.open and (row.open.pages, row.open.num_prompt) for row in step.rows] == [((1, 2), 67), ((3, 4), 67)]
+
+
+def test_a_profile_of_a_prefill_and_of_a_decode_step(config: str, tmp_path: Path) -> None:
+    line = f"bench batch --config-only {config} --batch-size 2 --input-len 70 --output-len 4 --profile"
+    assert command([*line.split(), "--profile-filename-prefix", str(tmp_path / "p")], {}) == 0
+    assert sorted(path.name for path in tmp_path.glob("p_*")) == ["p_decode_B2.txt", "p_prefill_B2.txt"]
+    text = (tmp_path / "p_prefill_B2.txt").read_text()
+    assert text.startswith("prefill step of 140 tokens, batch of 2, 70 in\n")
+    assert "  us      %  calls  kernel" in text
+
+
 def test_what_does_not_fit_is_left_out(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"bench batch --config-only {config} --batch-size 1 4 --input-len 70 --output-len 2 --max-total-tokens 128"
     assert command(line.split(), {}) == 0
@@ -77,7 +108,7 @@ def test_what_cannot_run_here_is_refused(config: str, capsys: pytest.CaptureFixt
 
 def test_prefill_computes_every_token_once_in_full_steps() -> None:
     prompts = [tuple(range(10 * r, 10 * r + 7)) for r in range(4)]
-    steps = list(_prefill(prompts, 3, 10))
+    steps = list(_prefill(prompts, 10, 10))
     assert [sum(row.num_tokens for row in step.rows) for step in steps] == [10, 10, 8]
     seen: dict[int, tuple[int, ...]] = {}
     for step in steps:

@@ -16,7 +16,6 @@ from torch.nn.functional import linear
 
 from baleen.attention.backend import AttentionBackend, Metadata
 from baleen.config import ModelConfig
-from baleen.kernels.rms_norm import add_rms_norm
 from baleen.kernels.rope import rope_table, yarn_table
 from baleen.model.layers import Embedding, Linear, Precision, RMSNorm
 from baleen.model.mla import MlaAttention
@@ -29,20 +28,19 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, precision: Precision, *, moe: bool) -> None:
         super().__init__()
-        self.eps = config.rms_norm_eps
-        self.input_layernorm = RMSNorm(config.hidden_size, self.eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = MlaAttention(config, layer, precision)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, self.eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config, precision) if moe else Mlp(config, config.intermediate_size, precision)
 
     def forward(
         self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, backend: AttentionBackend, metadata: Metadata
     ) -> tuple[Tensor, Tensor]:
         """x, residual [T, hidden] -> the same pair for the next layer; x + residual is the hidden state."""
-        x, residual = add_rms_norm(x, residual, self.input_layernorm.weight, self.eps)
-        x = self.self_attn(x, cos, sin, backend, metadata)
-        x, residual = add_rms_norm(x, residual, self.post_attention_layernorm.weight, self.eps)
-        return self.mlp(x), residual
+        normed, residual = self.input_layernorm.add(x, residual, fp8=self.self_attn.takes_fp8)
+        x = self.self_attn(normed, cos, sin, backend, metadata)
+        normed, residual = self.post_attention_layernorm.add(x, residual, fp8=self.mlp.takes_fp8)
+        return self.mlp(normed), residual
 
     def targets(self, prefix: str) -> Iterator[Target]:
         yield from self.input_layernorm.targets(f"{prefix}input_layernorm")
@@ -105,7 +103,9 @@ class DeepseekV32ForCausalLM(nn.Module):
         residual = torch.zeros_like(x)
         for layer in self.layers:
             x, residual = layer(x, residual, cos, sin, backend, metadata)
-        return add_rms_norm(x, residual, self.norm.weight, self.norm.eps)[0]
+        normed = self.norm.add(x, residual, fp8=False)[0].plain
+        assert normed is not None
+        return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden] -> [R, vocab] float32."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from baleen.kernels.fp8_gemm import fp8_gemm, fp8_linear_dequantized
-from baleen.kernels.rms_norm import rms_norm
+from baleen.kernels.fp8_quant import Quantized, quantize_1x128
+from baleen.kernels.rms_norm import add_rms_norm, add_rms_norm_quant, rms_norm, rms_norm_quant
 from baleen.model.quant import BLOCK, SCALE_SUFFIX, scale_shape
 from baleen.model.weights import Target
 
@@ -26,6 +28,13 @@ class Precision:
 
     dtype: torch.dtype
     keep_fp8: bool = False
+
+
+class Activation(NamedTuple):
+    """What linear layers read: rows as computed [T, in], the same quantised 1x128 for weights kept in FP8, or both."""
+
+    plain: Tensor | None
+    fp8: Quantized | None = None
 
 
 def weight(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -45,6 +54,7 @@ class Linear(nn.Module):
         super().__init__()
         self.parts = parts
         self.fp8 = fp8
+        self.dtype = precision.dtype
         rows = sum(parts.values())
         self.scale: nn.Parameter | None = None
         if fp8 and precision.keep_fp8 and not any(size % BLOCK for size in [*parts.values()][:-1]):
@@ -53,11 +63,18 @@ class Linear(nn.Module):
         else:
             self.weight = weight(rows, in_features, dtype=precision.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, in] -> [T, out]."""
+    @property
+    def takes_fp8(self) -> bool:
+        """True if it multiplies FP8 rows: `Activation.fp8` is what it wants."""
+        return self.scale is not None
+
+    def forward(self, x: Activation) -> Tensor:
+        """[T, in] -> [T, out] in the model's dtype."""
         if self.scale is not None:
-            return fp8_gemm(x, self.weight, self.scale)
-        return fp8_linear_dequantized(x, self.weight) if self.fp8 else linear(x, self.weight)
+            rows = x.fp8 if x.fp8 is not None else quantize_1x128(_given(x.plain))
+            return fp8_gemm(rows, self.weight, self.scale, self.dtype)
+        plain = _given(x.plain)
+        return fp8_linear_dequantized(plain, self.weight) if self.fp8 else linear(plain, self.weight)
 
     def targets(self, prefix: str) -> Iterator[Target]:
         row = 0
@@ -69,6 +86,20 @@ class Linear(nn.Module):
                 blocks = scale_shape((row + rows, self.weight.shape[1]))[0]
                 yield from block_targets(f"{prefix}{name}.weight", dest, self.scale.data[row // BLOCK : blocks])
             row += rows
+
+
+def _given(x: Tensor | None) -> Tensor:
+    assert x is not None, "this layer reads rows that are not quantised"
+    return x
+
+
+def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, in], weight [out, in] of one dtype -> [T, out] float32, not rounded to that dtype in between: for what
+    chooses between near-equal experts or tokens.
+    """
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return linear(x.float(), weight.float())
 
 
 def block_targets(name: str, dest: Tensor, scale: Tensor) -> Iterator[Target]:
@@ -85,8 +116,19 @@ class RMSNorm(nn.Module):
         self.weight = weight(size)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, reader: Linear) -> Activation:
+        """The norm of x [T, size], in the form that its only reader takes."""
+        if reader.takes_fp8:
+            return Activation(None, rms_norm_quant(x, self.weight, self.eps))
+        return Activation(rms_norm(x, self.weight, self.eps))
+
+    def add(self, x: Tensor, residual: Tensor, *, fp8: bool) -> tuple[Activation, Tensor]:
+        """The norm of x + residual, also quantised if `fp8`, and that sum: [T, size] each."""
+        if fp8:
+            normed, rows, total = add_rms_norm_quant(x, residual, self.weight, self.eps)
+            return Activation(normed, rows), total
+        normed, total = add_rms_norm(x, residual, self.weight, self.eps)
+        return Activation(normed), total
 
     def targets(self, prefix: str) -> Iterator[Target]:
         yield Target(f"{prefix}.weight", tuple(self.weight.shape), self.weight.data, "plain")

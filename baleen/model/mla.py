@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from baleen.attention.backend import AttentionBackend, Metadata
+from baleen.attention.kv_pool import KeyNorms
 from baleen.config import ModelConfig
-from baleen.kernels.rope import rope_interleaved
-from baleen.model.indexer import Indexer
-from baleen.model.layers import Linear, Precision, RMSNorm, weight
+from baleen.kernels.mla_inputs import rope_queries
+from baleen.model.indexer import KEY_NORM_EPS, Indexer
+from baleen.model.layers import Activation, Linear, Precision, RMSNorm, weight
 from baleen.model.weights import Target
 
 
@@ -54,45 +54,48 @@ class MlaAttention(nn.Module):
             fp8=fp8,
             precision=precision,
         )
-        # kv_b_proj [H, nope + v, latent]; its halves are used per head and never quantised at run time
+        # [H, nope + v, latent]; its halves are used per head and never quantised at run time
         self.kv_b_proj = weight(self.num_heads, self.nope_dim + self.v_dim, self.kv_lora_rank, dtype=precision.dtype)
         self.kv_b_kind: Literal["linear", "plain"] = "linear" if fp8 else "plain"
         self.o_proj = Linear(self.num_heads * self.v_dim, {"o_proj": config.hidden_size}, fp8=fp8, precision=precision)
         self.indexer = Indexer(config, precision)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, backend: AttentionBackend, metadata: Metadata) -> Tensor:
-        """x [T, hidden] after the input norm; cos, sin [T, rope/2] -> [T, hidden]."""
+    @property
+    def takes_fp8(self) -> bool:
+        """True if the input's FP8 form is read."""
+        return self.qkv_a.takes_fp8
+
+    def forward(self, x: Activation, cos: Tensor, sin: Tensor, backend: AttentionBackend, metadata: Metadata) -> Tensor:
+        """x [T, hidden] after the input norm, plain and as `takes_fp8` says; cos, sin [T, rope/2] -> [T, hidden]."""
         q_latent, index_k, latent, k_pe = self.qkv_a(x).split(
             [self.q_lora_rank, self.index_key_dim, self.kv_lora_rank, self.rope_dim], dim=-1
         )
-        backend.store(
-            self.layer,
-            metadata,
-            self.kv_a_layernorm(latent),
-            rope_interleaved(k_pe, cos, sin),
-            self.indexer.keys(index_k, cos, sin),
-        )
-        q, index_q = self.q_b(self.q_a_layernorm(q_latent)).split(
+        backend.store(self.layer, metadata, latent, k_pe, index_k, self.key_norms, cos, sin)
+        q, index_q = self.q_b(self.q_a_layernorm(q_latent, self.q_b)).split(
             [self.q_dim, self.q_b.weight.shape[0] - self.q_dim], dim=-1
         )
         selection: list[Tensor | None] = [None] * len(metadata.groups)
         if backend.needs_scores(metadata):
-            queries = self.indexer.queries(index_q, cos, sin)
-            selection = backend.select(self.layer, metadata, queries, self.indexer.gates(x))
+            assert x.plain is not None
+            index_q = index_q.unflatten(-1, (self.indexer.num_heads, self.indexer.head_dim))
+            gates = self.indexer.gates(x.plain)
+            queries, gates = backend.index_queries(index_q, gates, self.indexer.gate_scale, cos, sin)
+            selection = backend.select(self.layer, metadata, queries, gates)
         q = q.unflatten(-1, (self.num_heads, self.nope_dim + self.rope_dim))
-        q = torch.cat([q[..., : self.nope_dim], rope_interleaved(q[..., self.nope_dim :], cos, sin)], dim=-1)
-        out = backend.attend(self.layer, metadata, q, self.w_kc, self.w_vc, selection)
-        return self.o_proj(out.flatten(1))
+        rope_queries(q[..., self.nope_dim :], cos, sin, q[..., self.nope_dim :])
+        out = backend.attend(self.layer, metadata, q, self.kv_b_proj, selection)
+        return self.o_proj(Activation(out.flatten(1)))
 
     @property
-    def w_kc(self) -> Tensor:
-        """[H, nope, latent]: takes a query into the latent space."""
-        return self.kv_b_proj[:, : self.nope_dim]
-
-    @property
-    def w_vc(self) -> Tensor:
-        """[H, latent, v]: takes an attended latent to the head's value."""
-        return self.kv_b_proj[:, self.nope_dim :].transpose(1, 2)
+    def key_norms(self) -> KeyNorms:
+        """What a step's keys go through on their way into the cache."""
+        return KeyNorms(
+            self.kv_a_layernorm.weight,
+            self.kv_a_layernorm.eps,
+            self.indexer.k_norm_weight,
+            self.indexer.k_norm_bias,
+            KEY_NORM_EPS,
+        )
 
     def targets(self, prefix: str) -> Iterator[Target]:
         yield from self.qkv_a.targets(prefix)

@@ -13,7 +13,7 @@ from baleen.attention.batch import ForwardBatch
 from baleen.config import ModelConfig
 from baleen.kernels.fp8_quant import dequantize_128x128
 from baleen.model.deepseek_v32 import DeepseekV32ForCausalLM
-from baleen.model.layers import Linear, Precision
+from baleen.model.layers import Activation, Linear, Precision
 from baleen.model.random_checkpoint import SIZES, official_config, write_random_checkpoint
 from baleen.model.weights import WeightError, fill_randomly, load_weights
 
@@ -94,7 +94,7 @@ def test_random_fp8_weights_keep_the_size_of_their_input() -> None:
         layer = model.layers[0].mlp.down_proj
         assert isinstance(layer, Linear)
         assert layer.weight.dtype == torch.float8_e4m3fn
-        results.append(layer(x[:, : layer.weight.shape[1]]))
+        results.append(layer(Activation(x[:, : layer.weight.shape[1]])))
         assert 0.5 < float(results[-1].std()) < 2
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])

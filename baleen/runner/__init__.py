@@ -2,6 +2,7 @@
 
 inputs.py         request slots (page tables, last ids) and the tensors of a step
 decode_graphs.py  CUDA graphs of the decode step
+measurement.py    for benchmarks: what the device did in a step, a cache filled with random data
 model_runner.py   owns model, KV pool, backend, sampler and grammar masks; `execute(batch).wait() -> StepOutput`
 
 May import config, messages, model, attention, sampling and kernels.

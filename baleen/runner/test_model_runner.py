@@ -138,7 +138,7 @@ def test_peak_of_loading_is_within_15_percent_of_the_parameters(tmp_path: Path, 
 STEPS = """
 import torch
 from baleen import memory_plan
-from baleen.attention.kv_pool import KVPool, PackedIndex
+from baleen.attention.kv_pool import KeyNorms, KVPool, PackedIndex
 from baleen.flags import default_config
 from baleen.messages import OpenSlot, SamplingParams, ScheduledBatch, ScheduledRow
 from baleen.runner.model_runner import ModelRunner
@@ -153,8 +153,10 @@ pool = runner.backend.pool
 every = torch.arange((runner.num_pages + 1) * 64)  # the pool itself is no part of a step
 for layer in range(len(pool.latent)):
     for slots in every.split(1024):
-        part = (torch.zeros(len(slots), width) for width in (pool.latent_dim, pool.rope_dim, pool.key_dim))
-        pool.store(layer, slots, *part)
+        part = (torch.ones(len(slots), width) for width in (pool.latent_dim, pool.rope_dim, pool.key_dim))
+        norms = KeyNorms(torch.ones(pool.latent_dim), 0.0, torch.ones(pool.key_dim), torch.ones(pool.key_dim), 1.0)
+        angles = torch.zeros(len(slots), pool.rope_dim // 2)
+        pool.store(layer, slots, *part, norms, angles, angles)
 
 def row(slot, start, num_tokens):
     pages = tuple(range(CONTEXT // 64, 0, -1))[: -(-(start + num_tokens) // 64)]

@@ -32,3 +32,31 @@ def dense_mla(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Te
         attended = torch.bmm(torch.softmax(scores, -1, out=scores), values[:, :width])
         out[chunk] = attended.masked_fill_(blocked.all(1)[:, None], 0.0).transpose(0, 1)
     return out
+
+
+def masked_mha(
+    q: Tensor,
+    k_nope: Tensor,
+    k_pe: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    start: int,
+    scale: float,
+    dense_rows: int = 0,
+) -> Tensor:
+    num_keys, num_heads, _ = k_nope.shape
+    keys = torch.cat((k_nope, k_pe[:, None].expand(-1, num_heads, -1)), -1)
+    return dense_mla(q, keys, v, visible(len(q), num_keys, mask, start, dense_rows, q.device), scale)
+
+
+def visible(
+    num_queries: int, num_keys: int, mask: Tensor | None, start: int, dense_rows: int, device: torch.device
+) -> Tensor:
+    """[Q, S] bool: the causal mask and the bits of `masked_mha`."""
+    key = torch.arange(num_keys, device=device)
+    position = torch.arange(start, start + num_queries, device=device)[:, None]
+    causal = key <= position
+    if mask is None:
+        return causal
+    chosen = (mask[:, key // 32] >> (key % 32).int()) & 1 == 1
+    return causal & (chosen | (position < dense_rows))

@@ -1,6 +1,11 @@
-"""dense_mla against loops in float64, torch's attention, and sparse_mla on the latents it was expanded from."""
+"""dense_mla and masked_mha against loops in float64; dense_mla against torch's attention, and against sparse_mla on the
+latents it was expanded from."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baleen.kernels.dense_mla import IMPLEMENTATIONS, dense_mla, reference
-from baleen.kernels.dense_mla.cases import CASES
-from baleen.kernels.dispatch import available
+from baleen.kernels.dense_mla import IMPLEMENTATIONS, dense_mla, masked_mha, reference
+from baleen.kernels.dense_mla.cases import CASES, GPU_CASES, masked
+from baleen.kernels.dispatch import available, find
 from baleen.kernels.sparse_mla import sparse_mla
 from baleen.kernels.testing import Case, check, largest_scratch
 
@@ -27,10 +32,68 @@ def _loops(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> np.nd
     return out
 
 
+def _masked_loops(
+    q: Tensor, k_nope: Tensor, k_pe: Tensor, v: Tensor, mask: Tensor | None, start: int, scale: float, dense_rows: int
+) -> np.ndarray:
+    visible = torch.zeros(len(q), len(v), dtype=torch.bool)
+    for query in range(len(q)):
+        seen = start + query + 1
+        if mask is None or seen <= dense_rows:
+            visible[query, :seen] = True
+        else:
+            bits = "".join(f"{word & 0xFFFFFFFF:032b}"[::-1] for word in mask[query].tolist())
+            visible[query, :seen] = torch.tensor([bit == "1" for bit in bits[:seen]])
+    k = torch.cat((k_nope, k_pe.unsqueeze(1).repeat(1, q.shape[1], 1)), 2)
+    return _loops(q, k, v, visible, scale)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
 def test_against_loops(implementation: str, case: Case) -> None:
-    check(IMPLEMENTATIONS, implementation, case, _loops)
+    check(IMPLEMENTATIONS, implementation, case, _loops if case.function == "dense_mla" else _masked_loops)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", [case for case in CASES + GPU_CASES if case.function == "masked_mha"], ids=str)
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
+def test_on_a_gpu_against_the_reference(implementation: str, case: Case) -> None:
+    check(IMPLEMENTATIONS, implementation, case, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
+def test_on_a_gpu_the_same_every_time(implementation: str) -> None:
+    """A buffer reused too early would show."""
+    function = find(IMPLEMENTATIONS, implementation, "masked_mha")
+    assert function is not None
+    *tensors, start, scale, dense_rows = masked(900, 300, 40, (128, 64, 128), 200, "mask", torch.Generator())
+    tensors = [x.cuda() for x in tensors]
+    first = function(*tensors, start, scale, dense_rows)
+    assert all(torch.equal(function(*tensors, start, scale, dense_rows), first) for _ in range(50))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, the kernels run on it")
+def test_triton_kernels_in_its_interpreter() -> None:
+    """The tests of every implementation once more, where Triton interprets its kernels: that is chosen at import."""
+    pytest.importorskip("triton", reason="needs the package triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("this is the inner run")
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton and masked_mha and loops"]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "passed" in run.stdout
+
+
+def test_a_mask_of_all_bits_is_no_mask() -> None:
+    q, k_nope, k_pe, v, mask, start, scale, _ = masked(40, 30, 2, (16, 8, 16), 1000, "mask", torch.Generator())
+    expected = masked_mha(q, k_nope, k_pe, v, None, start, scale)
+    assert torch.equal(masked_mha(q, k_nope, k_pe, v, mask, start, scale), expected)
+    # Words of queries that see no more than dense_rows are not looked at.
+    mask[: 50 - start] = 0
+    assert torch.equal(masked_mha(q, k_nope, k_pe, v, mask, start, scale, 50), expected)
+    assert not torch.equal(masked_mha(q, k_nope, k_pe, v, mask, start, scale, 49), expected)
 
 
 @pytest.mark.parametrize("prefix", [0, 50])

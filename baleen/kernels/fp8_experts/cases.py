@@ -1,4 +1,6 @@
-"""Inputs of fp8_experts: idle experts, one expert with every token, more tokens than the masked layout takes."""
+"""Inputs of fp8_experts: idle experts, one expert with every token, as the shared one, and numbers of tokens on both
+sides of what each layout takes.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from baleen.kernels.fp8_quant.reference import quantize_1x128
 from baleen.kernels.testing import Case
 
 
@@ -19,18 +22,18 @@ def _blocks(num_experts: int, rows: int, cols: int, g: torch.Generator) -> tuple
 def _routed(
     tokens: int, top_k: int, num_experts: int, hidden: int, width: int, dtype: torch.dtype, g: torch.Generator
 ) -> tuple[Any, ...]:
-    """Expert 0 has every token, the second half of the others none."""
+    """The last expert has every token, the second half of the others none."""
     ids = torch.stack([torch.randperm(num_experts // 2, generator=g)[:top_k] for _ in range(tokens)])
-    ids[:, 0] = torch.where((ids == 0).any(1), ids[:, 0], 0)
+    ids[:, -1] = num_experts - 1
     gate_up, down = _blocks(num_experts, 2 * width, hidden, g), _blocks(num_experts, hidden, width, g)
-    x = torch.randn(tokens, hidden, generator=g).to(dtype)
-    return x, ids, torch.rand(tokens, top_k, generator=g), *gate_up, *down
+    x = quantize_1x128(torch.randn(tokens, hidden, generator=g).to(dtype))
+    return x, ids, torch.rand(tokens, top_k, generator=g), *gate_up, *down, dtype
 
 
-# Rounding of two products one after the other, the first of up to 256 terms; in bfloat16 it moves values across the
+# Rounding of two products one after the other, the first of up to 384 terms; in bfloat16 it moves values across the
 # steps of the second's FP8 activations.
 CASES = [
     Case("fp8_experts", _routed, (*shape, dtype), rtol=rtol, atol=atol)
-    for shape in ((1, 2, 4, 128, 128), (7, 3, 8, 256, 128), (300, 2, 6, 128, 128))
+    for shape in ((1, 2, 4, 128, 128), (7, 3, 9, 256, 128), (20, 3, 6, 384, 256), (150, 2, 7, 128, 128))
     for dtype, rtol, atol in ((torch.float32, 1e-4, 5e-2), (torch.bfloat16, 2**-5, 2.0))
 ]

@@ -1,8 +1,7 @@
 """Routed experts by DeepGEMM's grouped products (package sgl-deep-gemm). Nothing here waits for the device.
 
-Rows are laid out by expert. Few tokens, as in decode: each expert has room for all of them and a count says how many
-came (masked). Many: each expert's rows begin at a multiple of the kernel's block, so room for a block less one each is
-kept (contiguous); blocks of no expert are skipped.
+Very few tokens are multiplied by our own kernel, which reads nothing but the weights of the experts they go to. The
+others are laid out by expert: masked while an expert's room holds them all, joined above.
 """
 
 from __future__ import annotations
@@ -11,76 +10,65 @@ import deep_gemm
 import torch
 from torch import Tensor
 
-from baleen.kernels.fp8_experts import reference
-from baleen.kernels.fp8_quant import quantize_1x128
-from baleen.kernels.grouped_gemm import silu_and_mul
+from baleen.kernels.fp8_experts import layout, reference, triton_kernel
+from baleen.kernels.fp8_quant import Quantized
 
-MASKED_TOKENS = 256  # the largest block of the masked kernel's rows: no block runs into the next expert's
+FEW_TOKENS = 16
+MOST_MASKED = layout.MASKED_TOKENS
 
 
 def fp8_experts(
-    x: Tensor,
+    x: Quantized,
     expert_ids: Tensor,
     expert_weights: Tensor,
     gate_up: Tensor,
     gate_up_scale: Tensor,
     down: Tensor,
     down_scale: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
+    weights = (gate_up, gate_up_scale, down, down_scale)
+    if not triton_kernel.can_run(x, down, dtype):
+        return reference.fp8_experts(x, expert_ids, expert_weights, *weights, dtype)
+    num_tokens = expert_ids.shape[0]
+    if num_tokens <= FEW_TOKENS:
+        return triton_kernel.fp8_experts(x, expert_ids, expert_weights, *weights, dtype)
     num_experts, hidden, width = down.shape
-    if not _on_gpu(x) or hidden % 128 or width % 128 or not x.shape[0]:
-        return reference.fp8_experts(x, expert_ids, expert_weights, gate_up, gate_up_scale, down, down_scale)
-    layout = _Layout(expert_ids, num_experts)
-    tokens = torch.arange(expert_ids.numel(), device=x.device) // expert_ids.shape[1]
-    values, scale = quantize_1x128(x)
-    gated = layout.multiply(values.view(torch.uint8)[tokens], scale[tokens], gate_up, gate_up_scale)
-    values, scale = quantize_1x128(silu_and_mul(gated))
-    products = layout.multiply(values.view(torch.uint8), scale, down, down_scale)
-    return reference.weighted_sum(products.to(x.dtype), expert_weights)
+    expert_ids, num_pairs = expert_ids.contiguous(), expert_ids.numel()
+    if num_tokens <= MOST_MASKED:
+        place = layout.masked(x, expert_ids, num_experts)
+    else:
+        place = layout.joined(x, expert_ids, num_experts, deep_gemm.get_mk_alignment_for_contiguous_layout())
+    expected = -(-num_pairs // num_experts)
+    num_rows = place.values.shape[0]
+    gated = torch.empty(num_rows, 2 * width, dtype=torch.bfloat16, device=expert_ids.device)
+    _multiply(place, place.values, place.scale, gate_up, gate_up_scale, gated, expected)
+    values = torch.empty(num_rows, width, dtype=torch.float8_e4m3fn, device=expert_ids.device)
+    scale = torch.empty(num_rows // place.group, width // 128, place.group, dtype=torch.float32, device=x.device)
+    triton_kernel.activate(gated, place.rows, num_pairs, values, scale)
+    del gated
+    products = torch.empty(num_rows, hidden, dtype=torch.bfloat16, device=expert_ids.device)
+    _multiply(place, values, scale, down, down_scale, products, expected)
+    return triton_kernel.weighted_sum(products, place.rows, expert_weights.contiguous(), dtype)
 
 
-def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda
-
-
-class _Layout:
-    """Where each (token, k) pair's row lies. rows [T*K] int64."""
-
-    def __init__(self, expert_ids: Tensor, num_experts: int) -> None:
-        flat = expert_ids.flatten()
-        num_tokens, device = expert_ids.shape[0], flat.device
-        order = flat.argsort(stable=True)
-        counts = torch.zeros(num_experts, dtype=torch.int64, device=device).scatter_add_(0, flat, torch.ones_like(flat))
-        starts = counts.cumsum(0) - counts
-        rank = torch.empty_like(flat).scatter_(0, order, torch.arange(flat.shape[0], device=device))
-        rank -= starts[flat]
-        self.masked = num_tokens <= MASKED_TOKENS
-        if self.masked:
-            self.counts = counts.int()
-            self.expected = -(-flat.shape[0] // num_experts)
-            self.num_rows = num_experts * MASKED_TOKENS
-            self.rows = flat * MASKED_TOKENS + rank
-            return
-        block = deep_gemm.get_mk_alignment_for_contiguous_layout()
-        blocks = (counts + block - 1) // block
-        ends = blocks.cumsum(0)
-        self.num_rows = (-(-flat.shape[0] // block) + min(num_experts, flat.shape[0])) * block
-        self.rows = (ends - blocks)[flat] * block + rank
-        of_block = torch.searchsorted(ends, torch.arange(self.num_rows // block, device=device), right=True)
-        of_block.masked_fill_(of_block == num_experts, -1)
-        self.experts = of_block.int().repeat_interleave(block, output_size=self.num_rows)
-
-    def multiply(self, values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-        """values [T*K, C] uint8 and scale [T*K, C/128] in the pairs' order -> [T*K, N] bfloat16 in the same."""
-        num_experts, width, _ = weight.shape
-        padded = values.new_empty(self.num_rows, values.shape[1]).index_copy_(0, self.rows, values)
-        padded_scale = scale.new_empty(self.num_rows, scale.shape[1]).index_copy_(0, self.rows, scale)
-        out = torch.empty(self.num_rows, width, dtype=torch.bfloat16, device=values.device)
-        pair, weights = (padded.view(torch.float8_e4m3fn), padded_scale), (weight, weight_scale)
-        if self.masked:
-            grouped = (num_experts, MASKED_TOKENS, -1)
-            pair = (pair[0].view(grouped), pair[1].view(grouped))
-            deep_gemm.fp8_m_grouped_gemm_nt_masked(pair, weights, out.view(grouped), self.counts, self.expected)
-        else:
-            deep_gemm.m_grouped_fp8_gemm_nt_contiguous(pair, weights, out, self.experts)
-        return out.index_select(0, self.rows)
+def _multiply(
+    place: layout.Layout,
+    values: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    out: Tensor,
+    expected: int,
+) -> None:
+    """out[row] = values[row] times the weight of the row's expert. expected: rows of an expert on average."""
+    scale = scale.transpose(1, 2)
+    if place.is_masked:
+        grouped = (weight.shape[0], place.group, -1)
+        deep_gemm.fp8_m_grouped_gemm_nt_masked(
+            (values.view(grouped), scale), (weight, weight_scale), out.view(grouped), place.ends, expected
+        )
+    else:
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
+            (values, scale[0]), (weight, weight_scale), out, place.ends, use_psum_layout=True
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -13,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baleen.kernels.dispatch import available
+from baleen.kernels.dispatch import available, find
 from baleen.kernels.fp8_experts import IMPLEMENTATIONS, fp8_experts
 from baleen.kernels.fp8_experts.cases import CASES
-from baleen.kernels.fp8_quant import dequantize_1x128, quantize_1x128
-from baleen.kernels.testing import Case, assert_close, check
+from baleen.kernels.fp8_quant import Quantized, dequantize_1x128, quantize_1x128
+from baleen.kernels.testing import Case, assert_close, check, to_device
+
+BLOCK = 128
 
 
 def _dequantized(weight: Tensor, scale: Tensor) -> Tensor:
@@ -25,13 +29,20 @@ def _dequantized(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _token_by_token(
-    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor
+    x: Quantized,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
-    out = torch.zeros(x.shape, dtype=torch.float64)
-    for t, row in enumerate(dequantize_1x128(*quantize_1x128(x)).double()):
+    out = torch.zeros(x.values.shape, dtype=torch.float64)
+    for t, row in enumerate(dequantize_1x128(*x).double()):
         for expert, weight in zip(ids[t].tolist(), weights[t].double(), strict=True):
-            gate, up = (_dequantized(gate_up[expert], gate_up_scale[expert]) @ row).to(x.dtype).double().chunk(2)
-            hidden = (F.silu(gate) * up).to(x.dtype)
+            gate, up = (_dequantized(gate_up[expert], gate_up_scale[expert]) @ row).to(dtype).double().chunk(2)
+            hidden = (F.silu(gate) * up).to(dtype)
             hidden = dequantize_1x128(*quantize_1x128(hidden)).double()
             out[t] += weight * (_dequantized(down[expert], down_scale[expert]) @ hidden)
     return out
@@ -43,46 +54,96 @@ def test_against_a_loop(implementation: str, case: Case) -> None:
     check(IMPLEMENTATIONS, implementation, case, _token_by_token)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [1, 5, 16, 17, 64, 65, 128, 129, 700])
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
+def test_on_a_gpu_against_the_reference(implementation: str, tokens: int) -> None:
+    """Memory full of NaN; FP8 steps of the activations between the products make the difference."""
+    (case,) = [case for case in CASES if case.parameters == (20, 3, 6, 384, 256, torch.bfloat16)]
+    arguments = to_device(case.make(tokens, 4, 33, 1024, 512, torch.bfloat16, torch.Generator().manual_seed(5)), "cuda")
+    expected = find(IMPLEMENTATIONS, "reference", "fp8_experts")(*arguments).double()  # type: ignore[misc]
+    got = find(IMPLEMENTATIONS, implementation, "fp8_experts")(*arguments).double()  # type: ignore[misc]
+    assert float((got - expected).norm() / expected.norm()) < 0.01
+    assert float((got - expected).abs().max() / expected.abs().max()) < 0.05
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, the kernels run on it")
+def test_triton_kernels_in_its_interpreter() -> None:
+    """The tests of every implementation once more, where Triton interprets its kernels: that is chosen at import."""
+    pytest.importorskip("triton", reason="needs the package triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("this is the inner run")
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton and (loop and bfloat16 or strided) or layouts"]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "passed" in run.stdout
+
+
 class FakeDeepGemm(ModuleType):
     """What DeepGEMM documents of its two grouped products, on a CPU; rows of no expert come out as NaN."""
 
     def __init__(self) -> None:
         super().__init__("deep_gemm")
-        self.blocks: list[int] = []
+        self.calls: list[str] = []
 
     @staticmethod
     def get_mk_alignment_for_contiguous_layout() -> int:
-        return 128
+        return BLOCK
 
     def fp8_m_grouped_gemm_nt_masked(self, a: Any, b: Any, out: Tensor, counts: Tensor, expected: int) -> None:
-        assert counts.dtype == torch.int32
+        self.calls.append("masked")
+        num_experts, room, width = a[0].shape
+        assert out.shape[:2] == (num_experts, room)
+        assert room % BLOCK == 0
         assert expected >= 1
+        assert a[1].shape == (num_experts, room, width // 128)
+        assert a[1].stride() == (room * (width // 128), 1, room), "taken without a copy"
+        self._check(b, counts)
         out.fill_(torch.nan)
         for expert, count in enumerate(counts.tolist()):
             self._multiply(a, b, out, (expert, slice(count)), expert)
 
-    def m_grouped_fp8_gemm_nt_contiguous(self, a: Any, b: Any, out: Tensor, experts: Tensor) -> None:
-        assert experts.dtype == torch.int32
-        assert experts.shape[0] == out.shape[0] == a[0].shape[0]
+    def m_grouped_fp8_gemm_nt_contiguous(
+        self, a: Any, b: Any, out: Tensor, ends: Tensor, use_psum_layout: bool = False
+    ) -> None:
+        self.calls.append("joined")
+        assert use_psum_layout
+        assert out.shape[0] == a[0].shape[0] == a[1].shape[0]
+        assert a[1].stride() == (1, a[0].shape[0]), "taken without a copy"
+        assert a[0].shape[0] % 4 == 0
+        self._check(b, ends)
         out.fill_(torch.nan)
-        for start in range(0, out.shape[0], 128):
-            (expert,) = experts[start : start + 128].unique().tolist()
-            if expert >= 0:
-                self.blocks.append(expert)
-                self._multiply(a, b, out, slice(start, start + 128), expert)
+        end = 0
+        for expert, next_end in enumerate(ends.tolist()):
+            start = -(-end // BLOCK) * BLOCK
+            assert next_end >= start, "an expert without rows ends where it begins"
+            end = next_end
+            assert -(-end // BLOCK) * BLOCK <= out.shape[0], "a block past the end"
+            self._multiply(a, b, out, slice(start, end), expert)
 
-    def _multiply(self, a: Any, b: Any, out: Tensor, rows: Any, expert: int) -> None:
+    @staticmethod
+    def _check(b: Any, ends: Tensor) -> None:
+        assert ends.dtype == torch.int32
+        assert ends.shape == (b[0].shape[0],)
+
+    @staticmethod
+    def _multiply(a: Any, b: Any, out: Tensor, rows: Any, expert: int) -> None:
         x = dequantize_1x128(a[0][rows].contiguous(), a[1][rows])
         out[rows] = (x.double() @ _dequantized(b[0][expert], b[1][expert]).t()).to(out.dtype)
 
 
 @pytest.fixture
-def deep_gemm_layouts(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def deep_gemm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The implementation around a stand-in for the products."""
+    triton = pytest.importorskip("triton", reason="needs the package triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("needs Triton's interpreter")
     name = "baleen.kernels.fp8_experts.deep_gemm"
     real = sys.modules.pop(name, None)
     monkeypatch.setitem(sys.modules, "deep_gemm", FakeDeepGemm())
     module = import_module(name)
-    monkeypatch.setattr(module, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(module, "FEW_TOKENS", 0)
     yield module
     del sys.modules[name]
     if real is not None:
@@ -90,21 +151,61 @@ def deep_gemm_layouts(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if torch.bfloat16 in case.parameters], ids=str)
-@pytest.mark.parametrize("most_masked", [0, 256])
-def test_rows_go_to_their_experts_and_back(deep_gemm_layouts: Any, case: Case, most_masked: int) -> None:
-    """Both layouts of DeepGEMM's grouped products, with a stand-in for the products."""
+@pytest.mark.parametrize("most_masked", [0, 128])
+def test_rows_go_to_their_experts_and_back_in_both_layouts(deep_gemm: Any, case: Case, most_masked: int) -> None:
     arguments = case.arguments()
-    if most_masked < arguments[0].shape[0]:
-        deep_gemm_layouts.MASKED_TOKENS = most_masked
-    expected = _token_by_token(*arguments)
-    assert_close(deep_gemm_layouts.fp8_experts(*arguments), expected, case.rtol, case.atol)
-    if most_masked < arguments[0].shape[0]:
-        counts = arguments[1].flatten().bincount().tolist()
-        wanted = [expert for expert, count in enumerate(counts) for _ in range(-(-count // 128))]
-        assert deep_gemm_layouts.deep_gemm.blocks == 2 * wanted, "blocks of no expert are not computed"
+    num_tokens = arguments[1].shape[0]
+    room = deep_gemm.layout.MASKED_TOKENS
+    try:
+        # Only the choice is moved: the room of an expert stays a block.
+        deep_gemm.MOST_MASKED = most_masked
+        got = deep_gemm.fp8_experts(*arguments)
+    finally:
+        deep_gemm.MOST_MASKED = room
+    assert deep_gemm.deep_gemm.calls == 2 * ["masked" if num_tokens <= most_masked else "joined"]
+    assert_close(got, _token_by_token(*arguments), case.rtol, case.atol)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_layouts_hold_each_row_once(deep_gemm: Any, joined: bool) -> None:
+    """One expert has all tokens, most have none; scales are column-major in x too."""
+    tokens, experts, hidden = 100, 40, 256
+    g = torch.Generator().manual_seed(7)
+    ids = torch.stack([torch.randperm(12, generator=g)[:5] * 3 for _ in range(tokens)])
+    ids[:, 4] = experts - 1
+    x = quantize_1x128(torch.randn(tokens, hidden, generator=g))
+    x = x._replace(scale=x.scale.t().contiguous().t())
+    layout = deep_gemm.layout
+    place = layout.joined(x, ids, experts, 64) if joined else layout.masked(x, ids, experts)
+    rows, counts = place.rows.long(), ids.flatten().bincount(minlength=experts)
+    assert rows.unique().numel() == ids.numel()
+    assert torch.equal(place.values[rows].float(), x.values.float().repeat_interleave(5, 0))
+    by_row = place.scale.transpose(1, 2).reshape(-1, hidden // 128)
+    assert torch.equal(by_row[rows], x.scale.repeat_interleave(5, 0))
+    if joined:
+        starts = (place.ends - counts).int()
+        assert bool((starts % 64 == 0).all())
+        assert torch.equal(starts[1:], -(-place.ends[:-1] // 64) * 64)
+    else:
+        assert torch.equal(place.ends.long(), counts)
+        starts = torch.arange(experts) * layout.MASKED_TOKENS
+    first = starts[ids.flatten()]
+    assert bool(((rows >= first) & (rows < first + counts[ids.flatten()])).all())
+
+
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
+def test_strided_scales_and_columns_of_a_wider_routing(implementation: str) -> None:
+    function = find(IMPLEMENTATIONS, implementation, "fp8_experts")
+    assert function is not None
+    x, ids, weights, *rest = CASES[2].arguments()
+    expected = function(x, ids, weights, *rest)
+    turned = x._replace(scale=x.scale.t().contiguous().t())
+    wide_ids, wide_weights = torch.cat((ids, ids), 1), torch.cat((weights, weights), 1)
+    got = function(turned, wide_ids[:, : ids.shape[1]], wide_weights[:, : ids.shape[1]], *rest)
+    assert torch.equal(got, expected)
 
 
 def test_no_token() -> None:
-    arguments = list(CASES[0].arguments())
-    arguments[:3] = [tensor[:0] for tensor in arguments[:3]]
-    assert fp8_experts(*arguments).shape == (0, 128)
+    x, ids, weights, *rest = CASES[0].arguments()
+    empty = Quantized(x.values[:0], x.scale[:0])
+    assert fp8_experts(empty, ids[:0], weights[:0], *rest).shape == (0, 128)

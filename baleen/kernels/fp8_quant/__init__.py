@@ -7,11 +7,17 @@ Blocks at the end of a dim that is no multiple of 128 are shorter. A block with 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from baleen.kernels.dispatch import Op
 
-IMPLEMENTATIONS = {"reference": "baleen.kernels.fp8_quant.reference:quantize_1x128"}
+IMPLEMENTATIONS = {
+    "triton": "baleen.kernels.fp8_quant.triton_kernel:quantize_1x128",
+    "reference": "baleen.kernels.fp8_quant.reference:quantize_1x128",
+}
 
 _quantize_1x128 = Op(IMPLEMENTATIONS)
 _dequantize_1x128 = Op(IMPLEMENTATIONS, "dequantize_1x128")
@@ -20,12 +26,35 @@ _quantize_128x128 = Op(IMPLEMENTATIONS, "quantize_128x128")
 _dequantize_128x128 = Op(IMPLEMENTATIONS, "dequantize_128x128")
 
 
-def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
+class Quantized(NamedTuple):
+    """Activations in FP8: values float8_e4m3fn [..., K] and scale float32 [..., ceil(K/128)], laid out as by
+    `empty_scale` where a GPU's kernel made it; what reads it asks the strides."""
+
+    values: Tensor
+    scale: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Of both."""
+        return self.values.device
+
+
+def empty_scale(num_rows: int, num_blocks: int, device: torch.device) -> Tensor:
+    """Uninitialised scales of a [num_rows, 128 * num_blocks] tensor, as FP8 GEMMs take them without a copy.
+
+    returns  float32 [num_rows, num_blocks], column-major: strides (1, num_rows rounded up to 4), which makes a column a
+             multiple of 16 bytes, as the bulk copies of a GPU want it
+    Error:   none.
+    """
+    return torch.empty_strided((num_rows, num_blocks), (1, -(-num_rows // 4) * 4), dtype=torch.float32, device=device)
+
+
+def quantize_1x128(x: Tensor) -> Quantized:
     """Quantises each run of 128 values of the last dim.
 
-    x        [..., K] float32 or bfloat16
-    returns  (float8_e4m3fn [..., K], scale float32 [..., ceil(K/128)]); x is about values * scale
-    Error:   as above.     Cost: reads x twice.
+    x        [..., K] float32 or bfloat16; rows may be strided, as a slice of wider ones is
+    returns  values [..., K] and scale [..., ceil(K/128)]; x is about values * scale
+    Error:   as above.     Cost: reads x once (reference: twice), writes half of it or a quarter.
     Source:  DeepSeek-V3.2-Exp inference/kernel.py, act_quant with scale_fmt ue8m0.
     """
     return _quantize_1x128(x)

@@ -27,6 +27,13 @@ def _activation(shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator) 
     return (_spread(shape, dtype, g),)
 
 
+def _sliced(shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator) -> tuple[Any, ...]:
+    """Rows of a wider tensor."""
+    wider = torch.full((*shape[:-1], shape[-1] + 64), torch.nan, dtype=dtype)
+    wider[..., 16 : 16 + shape[-1]] = _spread(shape, dtype, g)
+    return (wider[..., 16 : 16 + shape[-1]],)
+
+
 def _quantized(shape: tuple[int, ...], g: torch.Generator) -> tuple[Any, ...]:
     values = torch.randn(shape, generator=g).mul(50).clamp(-448, 448).to(torch.float8_e4m3fn)
     return values, torch.exp2(torch.randint(-9, 5, (*shape[:-1], -(-shape[-1] // 128)), generator=g).float())
@@ -48,6 +55,12 @@ CASES = [
         for shape in _SHAPES
         for dtype in (torch.float32, torch.bfloat16)
     ),
+    *(
+        Case("quantize_1x128", _sliced, (shape, dtype))
+        for shape in ((9, 256), (2, 3, 128))
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
+    Case("quantize_1x128", _activation, ((38, 2048), torch.bfloat16)),
     *(Case("dequantize_1x128", _quantized, (shape,)) for shape in _SHAPES),
     *(
         Case("quantize_128x128", _activation, (shape, dtype))

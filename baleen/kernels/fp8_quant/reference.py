@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from baleen.kernels.fp8_quant import Quantized
+
 BLOCK = 128
 FP8_MAX = 448.0
 AMAX_FLOOR = 1e-4
@@ -24,11 +26,11 @@ _CODE_BITS = torch.tensor(~0x4000, dtype=torch.int16)
 _MAGNITUDE = torch.tensor(0x7F, dtype=torch.int8)
 
 
-def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_1x128(x: Tensor) -> Quantized:
     blocks = _blocks(x)
     scale = _scale(blocks.abs().amax(-1, keepdim=True))
     values = _unblock(blocks * scale.reciprocal(), x.shape[-1])
-    return values.to(torch.float8_e4m3fn), scale.squeeze(-1)
+    return Quantized(values.to(torch.float8_e4m3fn), scale.squeeze(-1))
 
 
 def dequantize_1x128(values: Tensor, scale: Tensor) -> Tensor:

@@ -9,17 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from baleen.kernels.dispatch import available
+from baleen.kernels.dispatch import available, find
 from baleen.kernels.fp8_quant import (
     IMPLEMENTATIONS,
     dequantize_1x128,
     dequantize_128x128,
+    empty_scale,
     quantize_1x128,
     quantize_128x128,
     round_1x128,
 )
 from baleen.kernels.fp8_quant.cases import CASES
-from baleen.kernels.testing import Case, check
+from baleen.kernels.testing import Case, assert_few_flips, check
 
 
 def _decode(code: int) -> float:
@@ -109,6 +110,15 @@ def test_scale_at_the_edges() -> None:
     assert bool((mantissas == 0.5).all())
 
 
+@pytest.mark.parametrize("num_rows", [1, 3, 4, 129])
+def test_columns_of_scales_are_multiples_of_16_bytes(num_rows: int) -> None:
+    scale = empty_scale(num_rows, 56, torch.device("cpu"))
+    assert (scale.shape, scale.dtype) == ((num_rows, 56), torch.float32)
+    assert scale.stride(0) == 1
+    assert scale.stride(1) * 4 % 16 == 0
+    assert num_rows <= scale.stride(1) < num_rows + 4
+
+
 def test_error_bound() -> None:
     """Half a unit of the last of 3 mantissa bits: 2^-4 of the value; half a unit of the subnormals below s * 2^-6."""
     x = torch.randn(200, 576) * torch.exp(3 * torch.randn(200, 1))
@@ -134,11 +144,19 @@ def test_the_fast_rounding_agrees_with_the_cast_on_every_exponent_and_tie() -> N
         assert torch.equal(round_1x128(signed), signed.to(torch.float8_e4m3fn).float())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_block_with_a_bad_value_is_bad_as_a_whole_and_alone(bad: float) -> None:
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
+def test_a_block_with_a_bad_value_is_bad_as_a_whole_and_alone(implementation: str, bad: float, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     x = torch.ones(2, 256)
     x[0, 5] = bad
-    for result in (dequantize_1x128(*quantize_1x128(x)), round_1x128(x)):
+    quantize = find(IMPLEMENTATIONS, implementation, "quantize_1x128")
+    assert quantize is not None
+    values, scale = (part.cpu() for part in quantize(x.to(device)))
+    assert scale.tolist() == [[float("inf"), 2.0**-8], [2.0**-8, 2.0**-8]]
+    for result in (dequantize_1x128(values, scale), round_1x128(x)):
         assert bool(result[0, :128].isnan().all())
         assert torch.equal(result[0, 128:], x[0, 128:])
         assert torch.equal(result[1], x[1])
@@ -172,3 +190,29 @@ def test_scales_of_the_wrong_shape_are_refused() -> None:
         dequantize_128x128(weight, torch.ones(4, 2))
     with pytest.raises(ValueError, match="expected 2"):
         dequantize_1x128(weight, torch.ones(576, 3))
+
+
+def test_flips_are_allowed_up_to_their_share_and_a_step() -> None:
+    values, scale = quantize_1x128(torch.randn(4, 256, generator=torch.Generator().manual_seed(0)) + 3)
+    codes = values.view(torch.uint8).clone()
+    assert_few_flips(values, values, 0.0, scale, scale)
+    # The same numbers with a block's scale doubled.
+    halved, doubled = values.float(), scale.clone()
+    halved[2, 128:] /= 2
+    doubled[2, 1] *= 2
+    assert_few_flips(halved.to(values.dtype), values, 0.01, doubled, scale)
+    with pytest.raises(AssertionError, match="off"):
+        assert_few_flips(values, values, 0.01, doubled, scale)
+    for flipped, allowed in ((10, True), (11, False)):
+        moved = codes.clone()
+        moved[0, :flipped] += 1
+        if allowed:
+            assert_few_flips(moved.view(values.dtype), values, 10 / 1024, scale, scale)
+            continue
+        with pytest.raises(AssertionError, match="11 of 1024"):
+            assert_few_flips(moved.view(values.dtype), values, 10 / 1024, scale, scale)
+    for wrong in (2, 0x7F - int(codes[3, 5])):  # two steps off, and NaN
+        moved = codes.clone()
+        moved[3, 5] += wrong
+        with pytest.raises(AssertionError, match="more than a step"):
+            assert_few_flips(moved.view(values.dtype), values, 0.01, scale, scale)

@@ -1,4 +1,4 @@
-"""Inputs of grouped_gemm and silu_and_mul: idle experts at the start, middle and end, one expert with all, no rows."""
+"""Inputs of grouped_gemm and of SwiGLU: idle experts at the start, middle and end, one expert with all, no rows."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ def _grouped(counts: list[int], n: int, k: int, dtype: torch.dtype, kind: Any, g
 
 def _gate_up(shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator) -> tuple[Any, ...]:
     return (torch.randn(shape, generator=g).mul(4).to(dtype),)
+
+
+def _gate_up_sliced(shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator) -> tuple[Any, ...]:
+    """Rows of a wider tensor."""
+    wider = torch.full((*shape[:-1], shape[-1] + 64), torch.nan, dtype=dtype)
+    wider[..., 16 : 16 + shape[-1]] = _gate_up(shape, dtype, g)[0]
+    return (wider[..., 16 : 16 + shape[-1]],)
 
 
 # Rounding of float32 sums of up to 96 products.
@@ -41,8 +48,19 @@ CASES = [
         for kind in (list, torch.tensor)
     ),
     *(
-        Case("silu_and_mul", _gate_up, (shape, dtype), rtol=2e-6 if dtype == torch.float32 else 2**-8, atol=1e-30)
-        for shape in ((1, 2), (5, 96), (2, 3, 8), (0, 4))
+        # A result of bfloat16 may be the next one, 2^-7 of it away.
+        Case("silu_and_mul", make, (shape, dtype), rtol=2e-6 if dtype == torch.float32 else 2**-7, atol=1e-30)
+        for make, shapes in ((_gate_up, ((1, 2), (5, 96), (2, 3, 8), (0, 4), (3, 1024))), (_gate_up_sliced, ((5, 96),)))
+        for shape in shapes
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
+    *(
+        Case("silu_and_mul_quant", make, (shape, dtype), flips=1e-3)
+        for make, shapes in (
+            (_gate_up, ((1, 2), (5, 192), (2, 3, 512), (0, 256), (1, 4096), (40, 4096))),
+            (_gate_up_sliced, ((5, 512),)),
+        )
+        for shape in shapes
         for dtype in (torch.float32, torch.bfloat16)
     ),
 ]

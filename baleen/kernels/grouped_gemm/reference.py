@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from baleen.kernels.fp8_quant import Quantized
+from baleen.kernels.fp8_quant.reference import quantize_1x128
+
 # The batched form: so many rows an expert on average, and at most so many padded rows for each real one.
 PADDED_ROWS = (2, 8)
 MAX_PADDING = 3
@@ -49,3 +52,7 @@ def _padded(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
 def silu_and_mul(x: Tensor) -> Tensor:
     gate, up = x.float().chunk(2, dim=-1)
     return F.silu(gate).mul_(up).to(x.dtype)
+
+
+def silu_and_mul_quant(x: Tensor) -> Quantized:
+    return quantize_1x128(silu_and_mul(x))

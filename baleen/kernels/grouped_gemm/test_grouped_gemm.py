@@ -1,7 +1,11 @@
-"""grouped_gemm against numpy row by row, SwiGLU against its formula in float64."""
+"""grouped_gemm against numpy row by row, SwiGLU against its formula in float64; FP8 by fp8_quant, which is held to its
+bits there."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baleen.kernels.dispatch import available
+from baleen.kernels.fp8_quant import Quantized, quantize_1x128
 from baleen.kernels.grouped_gemm import IMPLEMENTATIONS, grouped_gemm, silu_and_mul
 from baleen.kernels.grouped_gemm.cases import CASES
 from baleen.kernels.testing import Case, check
@@ -27,10 +32,28 @@ def _swiglu(x: Tensor) -> np.ndarray:
     return gate / (1 + np.exp(-gate)) * up
 
 
+def _swiglu_quant(x: Tensor) -> Quantized:
+    return quantize_1x128(torch.from_numpy(_swiglu(x)).to(x.dtype))
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
 def test_against_numpy(implementation: str, case: Case) -> None:
-    check(IMPLEMENTATIONS, implementation, case, {"grouped_gemm": _row_by_row, "silu_and_mul": _swiglu}[case.function])
+    oracles = {"grouped_gemm": _row_by_row, "silu_and_mul": _swiglu, "silu_and_mul_quant": _swiglu_quant}
+    check(IMPLEMENTATIONS, implementation, case, oracles[case.function])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, the kernels run on it")
+def test_triton_kernels_in_its_interpreter() -> None:
+    """The float32 cases once more, where Triton interprets its kernels: that is chosen at import. It rounds to bfloat16
+    and FP8 otherwise than a GPU."""
+    pytest.importorskip("triton", reason="needs the package triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("this is the inner run")
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton and silu and float32 and not quant"]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "passed" in run.stdout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

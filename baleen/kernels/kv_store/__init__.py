@@ -10,11 +10,15 @@ from torch import Tensor
 
 from baleen.kernels.dispatch import Op
 
-IMPLEMENTATIONS = {"reference": "baleen.kernels.kv_store.reference:store_rows"}
+IMPLEMENTATIONS = {
+    "triton": "baleen.kernels.kv_store.triton_kernel:store_rows",
+    "reference": "baleen.kernels.kv_store.reference:store_rows",
+}
 
 _store_rows = Op(IMPLEMENTATIONS)
 _store_latent_fp8 = Op(IMPLEMENTATIONS, "store_latent_fp8")
 _gather_latent_fp8 = Op(IMPLEMENTATIONS, "gather_latent_fp8")
+_gather_latent_bf16 = Op(IMPLEMENTATIONS, "gather_latent_bf16")
 _store_index_fp8 = Op(IMPLEMENTATIONS, "store_index_fp8")
 _gather_index_fp8 = Op(IMPLEMENTATIONS, "gather_index_fp8")
 
@@ -52,6 +56,17 @@ def gather_latent_fp8(values: Tensor, scales: Tensor, rope: Tensor, slots: Tenso
     Error:   none.     Cost: reads 656 bytes a row, writes 2304.
     """
     return _gather_latent_fp8(values, scales, rope, slots)
+
+
+def gather_latent_bf16(values: Tensor, scales: Tensor, rope: Tensor, slots: Tensor) -> Tensor:
+    """gather_latent_fp8 in bfloat16, for attention over the rows of a context.
+
+    values, scales, rope  as in store_latent_fp8
+    slots    [N] int64 or int32, all >= 0
+    returns  bfloat16 [N, Dl + Dr]
+    Error:   one rounding; none for scales that are powers of two.     Cost: reads 656 bytes a row, writes 1152.
+    """
+    return _gather_latent_bf16(values, scales, rope, slots)
 
 
 def store_index_fp8(keys: Tensor, scales: Tensor, slots: Tensor, k: Tensor) -> None:

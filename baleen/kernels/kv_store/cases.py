@@ -82,7 +82,8 @@ CASES = [
         for parameters in ((1, 512, 64), (20, 512, 64), (5, 64, 16), (0, 512, 64))
     ),
     *(
-        Case("gather_latent_fp8", _gather_latent, parameters)
+        Case(function, _gather_latent, parameters)
+        for function in ("gather_latent_fp8", "gather_latent_bf16")
         for parameters in ((1, 512, 64), (20, 512, 64), (5, 64, 16), (0, 512, 64))
     ),
     *(

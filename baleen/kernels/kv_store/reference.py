@@ -26,6 +26,10 @@ def gather_latent_fp8(values: Tensor, scales: Tensor, rope: Tensor, slots: Tenso
     return torch.cat((latent, rope.index_select(0, slots).float()), dim=1)
 
 
+def gather_latent_bf16(values: Tensor, scales: Tensor, rope: Tensor, slots: Tensor) -> Tensor:
+    return gather_latent_fp8(values, scales, rope, slots).to(torch.bfloat16)
+
+
 def store_index_fp8(keys: Tensor, scales: Tensor, slots: Tensor, k: Tensor) -> None:
     if k.shape[1] > BLOCK:
         raise ValueError(f"kv_store: index keys are {k.shape[1]} wide, more than the {BLOCK} of one scale")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -66,6 +69,7 @@ ORACLES = {
     "store_rows": _store_rows,
     "store_latent_fp8": _store_latent,
     "gather_latent_fp8": _gather_latent,
+    "gather_latent_bf16": lambda *arguments: _gather_latent(*arguments).bfloat16(),
     "store_index_fp8": _store_index,
     "gather_index_fp8": _gather_index,
 }
@@ -75,6 +79,27 @@ ORACLES = {
 @pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
 def test_against_loops(implementation: str, case: Case) -> None:
     check(IMPLEMENTATIONS, implementation, case, ORACLES[case.function])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
+def test_on_a_gpu_against_loops(implementation: str) -> None:
+    for case in CASES:
+        check(IMPLEMENTATIONS, implementation, case, ORACLES[case.function], "cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, the kernels run on it")
+def test_triton_kernels_in_its_interpreter() -> None:
+    """Copies of pages once more, where Triton interprets its kernels: that is chosen at import. It widens FP8 otherwise
+    than a GPU."""
+    pytest.importorskip("triton", reason="needs the package triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("this is the inner run")
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton and gather_index"]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "passed" in run.stdout
 
 
 def test_the_656_byte_row() -> None:

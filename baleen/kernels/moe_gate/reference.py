@@ -14,12 +14,10 @@ def moe_gate(
     top_k: int,
     routed_scaling_factor: float,
     norm_topk_prob: bool,
+    num_shared: int = 0,
 ) -> tuple[Tensor, Tensor]:
     num_experts = logits.shape[1]
-    if num_experts % n_group or topk_group > n_group or top_k > num_experts // n_group * topk_group:
-        raise ValueError(
-            f"moe_gate: cannot choose {top_k} of {num_experts} experts from {topk_group} of {n_group} groups"
-        )
+    refuse_impossible(num_experts, n_group, topk_group, top_k)
     probabilities = logits.sigmoid()
     choice = probabilities + bias
     if topk_group < n_group:
@@ -34,7 +32,20 @@ def moe_gate(
     if norm_topk_prob:
         # 1e-20 only matters where every chosen p underflowed: weights 0, not NaN.
         weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
-    return expert_ids, weights * routed_scaling_factor
+    weights = weights * routed_scaling_factor
+    if num_shared:
+        shared = torch.arange(num_experts, num_experts + num_shared, device=logits.device)
+        expert_ids = torch.cat((expert_ids, shared.expand(logits.shape[0], -1)), 1)
+        weights = torch.cat((weights, weights.new_ones(logits.shape[0], num_shared)), 1)
+    return expert_ids, weights
+
+
+def refuse_impossible(num_experts: int, n_group: int, topk_group: int, top_k: int) -> None:
+    """Raises ValueError if so many experts cannot be chosen."""
+    if num_experts % n_group or topk_group > n_group or top_k > num_experts // n_group * topk_group:
+        raise ValueError(
+            f"moe_gate: cannot choose {top_k} of {num_experts} experts from {topk_group} of {n_group} groups"
+        )
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:

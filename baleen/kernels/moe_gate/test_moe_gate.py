@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,14 +13,14 @@ from torch import Tensor
 from transformers import DeepseekV32Config
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32TopkRouter
 
-from baleen.kernels.dispatch import available
+from baleen.kernels.dispatch import available, find
 from baleen.kernels.moe_gate import IMPLEMENTATIONS, moe_gate
 from baleen.kernels.moe_gate.cases import CASES
 from baleen.kernels.testing import Case, check
 
 
 def _route(
-    logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: int, factor: float, norm: bool
+    logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: int, factor: float, norm: bool, shared: int
 ) -> tuple[Tensor, Tensor]:
     num_experts = logits.shape[1]
     size = num_experts // n_group
@@ -33,15 +36,62 @@ def _route(
         order = sorted((-row[e].item(), e) for e in range(num_experts) if e // size in kept)[:top_k]
         chosen = [expert for _, expert in order]
         p = [1 / (1 + math.exp(-logit[expert])) for expert in chosen]
-        ids.append(chosen)
-        weights.append([factor * x / (sum(p) if norm else 1.0) for x in p])
-    return torch.tensor(ids, dtype=torch.int64).view(-1, top_k), torch.tensor(weights).view(-1, top_k)
+        ids.append(chosen + [num_experts + i for i in range(shared)])
+        weights.append([factor * x / (sum(p) if norm else 1.0) for x in p] + [1.0] * shared)
+    columns = top_k + shared
+    return torch.tensor(ids, dtype=torch.int64).view(-1, columns), torch.tensor(weights).view(-1, columns)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
 def test_against_plain_python(implementation: str, case: Case) -> None:
     check(IMPLEMENTATIONS, implementation, case, _route)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
+def test_on_a_gpu_against_plain_python(implementation: str) -> None:
+    for case in CASES:
+        check(IMPLEMENTATIONS, implementation, case, _route, "cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, the kernels run on it")
+def test_triton_kernels_in_its_interpreter() -> None:
+    """The tests of every implementation once more, where Triton interprets its kernels: that is chosen at import."""
+    pytest.importorskip("triton", reason="needs the package triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("this is the inner run")
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton and not interpreter"]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "passed" in run.stdout
+
+
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
+def test_nan_is_chosen_first_and_shows_in_the_weights(implementation: str) -> None:
+    """Of its own token only."""
+    route = find(IMPLEMENTATIONS, implementation, "moe_gate")
+    assert route is not None
+    logits = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    logits[0, 21] = torch.nan
+    ids, weights = route(logits, torch.zeros(32), 8, 2, 4, 1.0, True, 1)
+    assert int(ids[0, 0]) == 21
+    assert weights.isnan().tolist() == [[True] * 4 + [False], [False] * 5]
+    assert ids[0].unique().numel() == 5
+    assert (ids[0, :4] // 4).unique().numel() <= 2
+
+
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
+def test_rows_of_a_wider_tensor(implementation: str) -> None:
+    route = find(IMPLEMENTATIONS, implementation, "moe_gate")
+    assert route is not None
+    wide = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
+    bias = torch.zeros(32)
+    for rows in (wide[:, 3:35], wide[:, :32].t().contiguous().t()):
+        got, expected = (route(x, bias, 4, 2, 6, 2.5, True) for x in (rows, rows.contiguous()))
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[1], expected[1])
 
 
 def test_equals_transformers() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from baleen.kernels.topk.reference import mask_of, slots_of
+
 # The int64 ranks of a chunk of rows, the largest of a few tensors of its shape.
 SCRATCH_BYTES = 64 << 20
 
@@ -19,6 +21,16 @@ def topk(logits: Tensor, lengths: Tensor, k: int) -> Tensor:
         chunk = slice(start, start + step)
         _select(logits[chunk], lengths[chunk, None], out[chunk])
     return out
+
+
+def topk_slots(
+    logits: Tensor, lengths: Tensor, k: int, page_table: Tensor | None = None, num_queries: int = 1, page_size: int = 64
+) -> Tensor:
+    return slots_of(topk(logits, lengths, k), page_table, num_queries, page_size)
+
+
+def topk_mask(logits: Tensor, lengths: Tensor, k: int) -> Tensor:
+    return mask_of(topk(logits, lengths, k), logits.shape[1])
 
 
 def _select(logits: Tensor, lengths: Tensor, out: Tensor) -> None:

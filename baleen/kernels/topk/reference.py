@@ -28,6 +28,39 @@ def topk(logits: Tensor, lengths: Tensor, k: int) -> Tensor:
     return out
 
 
+def topk_slots(
+    logits: Tensor, lengths: Tensor, k: int, page_table: Tensor | None = None, num_queries: int = 1, page_size: int = 64
+) -> Tensor:
+    return slots_of(topk(logits, lengths, k), page_table, num_queries, page_size)
+
+
+def slots_of(positions: Tensor, page_table: Tensor | None, num_queries: int, page_size: int) -> Tensor:
+    """Positions [T, k], -1 for none, as int32 slots."""
+    if page_table is None or not page_table.numel():
+        return positions.int()
+    pages = positions.clamp(min=0) // page_size
+    rows = torch.arange(positions.shape[0], device=positions.device) // num_queries
+    slots = page_table[rows[:, None], pages] * page_size + positions.clamp(min=0) % page_size
+    return slots.int().masked_fill_(positions < 0, -1)
+
+
+def topk_mask(logits: Tensor, lengths: Tensor, k: int) -> Tensor:
+    return mask_of(topk(logits, lengths, k), logits.shape[1])
+
+
+def mask_of(positions: Tensor, num_columns: int) -> Tensor:
+    """Positions [T, k], -1 for none, as bits of int32 words."""
+    rows, words = positions.shape[0], (num_columns + 31) // 32
+    # -1 lands in one more word, cut off again
+    chosen = torch.zeros(rows, 32 * words + 32, dtype=torch.uint8, device=positions.device)
+    chosen.scatter_(1, positions.masked_fill(positions < 0, 32 * words), 1)
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=positions.device)
+    chosen = chosen[:, : 32 * words].unflatten(1, (-1, 8)).mul_(weights)
+    mask = torch.empty(rows, words, dtype=torch.int32, device=positions.device)
+    mask.view(torch.uint8).copy_(chosen.sum(-1, dtype=torch.uint8))
+    return mask
+
+
 def _masked(scores: Tensor, lengths: Tensor) -> Tensor:
     """Overwrites its argument, a copy."""
     columns = torch.arange(scores.shape[1], device=scores.device)
