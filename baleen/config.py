@@ -234,6 +234,7 @@ _DSA_BACKENDS = (
     AUTO, "reference", "flashmla_sparse", "flashmla_sparse_q8", "flashmla_kv", "flashmla_auto", "fa3", "tilelang",
     "aiter", "trtllm", "triton",
 )  # fmt: skip
+_DSA_BUILT = ("reference", "flashmla_sparse", "flashmla_kv", "fa3", "tilelang", "aiter", "trtllm", "triton")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,8 +254,8 @@ class AttentionConfig:
         "--dsa-prefill-backend",
         old=("--nsa-prefill-backend", "--nsa-prefill"),
         choices=_DSA_BACKENDS,
-        built=("reference", "flashmla_sparse", "flashmla_kv", "flashmla_auto"),
-        needs="another sparse attention kernel than reference and flashmla",
+        built=(*_DSA_BUILT, "flashmla_auto"),
+        needs="queries in FP8",
         help="sparse attention of prefill tokens",
     )
     decode_backend: str = opt(
@@ -262,8 +263,8 @@ class AttentionConfig:
         "--dsa-decode-backend",
         old=("--nsa-decode-backend", "--nsa-decode"),
         choices=_DSA_BACKENDS,
-        built=("reference", "flashmla_sparse", "flashmla_kv"),
-        needs="another sparse attention kernel than reference and flashmla",
+        built=_DSA_BUILT,
+        needs="a decode kernel of this name",
         help="sparse attention of decode tokens",
     )
     topk_backend: str = opt(

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from baleen import flags
+from baleen.attention.backend import ATTENTION
 from baleen.config import PUBLISHED
+from baleen.device_choices import BACKENDS
 from baleen.flags import Hardware, Resolution
 
 GIB = 1024**3
@@ -138,6 +140,10 @@ def test_libraries_by_name(checkpoint: Path, prefill: str, decode: str, machine:
     assert any("never run" in line for line in resolution.warnings) == (prefill in ("trtllm", "aiter"))
     assert resolution.config.scheduler.disable_cuda_graph == (machine is not FULL), "deep_gemm is for Hopper"
     assert attention.kernels == ("reference" if machine.is_amd else "fastest")
+
+
+def test_every_backend_says_what_it_runs_on() -> None:
+    assert set(ATTENTION) == {"reference", *BACKENDS}
 
 
 @pytest.mark.parametrize("name", ["fa3", "tilelang", "triton"])

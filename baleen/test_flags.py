@@ -216,7 +216,7 @@ REFUSED = [
     "--moe-dense-tp-size 2", "--enable-dp-attention", "--nnodes 2", "--node-rank 1", "--dist-init-addr a:1",
     "--speculative-algorithm NEXTN", "--speculative-eagle-topk 1", "--speculative-num-draft-tokens 4",
     "--disaggregation-mode decode", "--disaggregation-bootstrap-port 8998", "--disaggregation-ib-device mlx5_0",
-    "--dsa-prefill-backend tilelang", "--dsa-decode-backend fa3", "--dsa-topk-backend sgl-kernel",
+    "--dsa-prefill-backend flashmla_sparse_q8", "--dsa-decode-backend flashmla_auto", "--dsa-topk-backend sgl-kernel",
     "--moe-runner-backend triton", "--attention-backend fa3", "--enable-hierarchical-cache",
     "--enable-hisparse", "--radix-eviction-policy lfu", "--schedule-policy random", "--watchdog-timeout 300",
     "--quantization w8a8_int8", "--quantization fp8",

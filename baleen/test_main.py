@@ -89,7 +89,7 @@ def test_help_marks_what_is_not_built(capsys: pytest.CaptureFixture[str]) -> Non
         command(["serve", "--help"], {})
     printed = " ".join(capsys.readouterr().out.split())
     assert "--tp N ranks (not built yet)" in printed
-    assert "aiter, trtllm, triton] (built: reference, flashmla_sparse, flashmla_kv)" in printed
+    assert "aiter, trtllm, triton] (built: reference, flashmla_sparse, flashmla_kv, fa3," in printed
     assert "--page-size N tokens per page; always 64 --" in printed
 
 

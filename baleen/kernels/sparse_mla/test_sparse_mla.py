@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baleen.kernels.dispatch import available
+from baleen.kernels.dispatch import available, find
 from baleen.kernels.sparse_mla import IMPLEMENTATIONS, reference, sparse_mla, sparse_mla_fp8
-from baleen.kernels.sparse_mla.cases import CASES
-from baleen.kernels.testing import Case, check, largest_scratch
+from baleen.kernels.sparse_mla.cases import CASES, fp8_attention, int32_attention
+from baleen.kernels.sparse_mla.shares import shares
+from baleen.kernels.testing import Case, check, largest_scratch, to_device
 
 
 def _loops(q: Tensor, kv: Tensor, indices: Tensor, scale: float, d_v: int) -> np.ndarray:
@@ -35,6 +38,81 @@ def _loops_fp8(q: Tensor, values: Tensor, scales: Tensor, rope: Tensor, indices:
 @pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
 def test_against_loops(implementation: str, case: Case) -> None:
     check(IMPLEMENTATIONS, implementation, case, {"sparse_mla": _loops, "sparse_mla_fp8": _loops_fp8}[case.function])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
+def test_on_a_gpu_against_loops(implementation: str, case: Case) -> None:
+    oracle = {"sparse_mla": _loops, "sparse_mla_fp8": _loops_fp8}[case.function]
+    check(IMPLEMENTATIONS, implementation, case, oracle, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [1, 3, 16, 300])
+@pytest.mark.parametrize("function", ["sparse_mla", "sparse_mla_fp8"])
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
+def test_on_a_gpu_at_full_size(implementation: str, function: str, tokens: int) -> None:
+    """128 heads and 2048 rows of a pool, some missing; few tokens are shared out, many are not. Twice the same."""
+    run = find(IMPLEMENTATIONS, implementation, function)
+    assert run is not None
+    g = torch.Generator().manual_seed(tokens)
+    make = fp8_attention if function == "sparse_mla_fp8" else int32_attention
+    arguments = make(tokens, 128, 2048, 512, 64, "anywhere" if tokens < 16 else "end", torch.bfloat16, g)
+    arguments = (*arguments[:-1], 0.02) if function == "sparse_mla_fp8" else (*arguments[:-2], 0.1, 512)
+    moved = to_device(arguments, "cuda")
+    got, again = run(*moved), run(*moved)
+    want = getattr(reference, function)(moved[0].float(), *moved[1:])
+    assert torch.equal(got, again)
+    assert float((got.float() - want).norm() / want.norm()) < 6e-3
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(("kernel", "row"), [("attend", 576), ("attend_fp8", 656)])
+def test_compiles_for_hopper(kernel: str, row: int, split: bool) -> None:
+    """Without a GPU: products on the tensor cores in flight side by side, tiles copied 16 bytes at a time."""
+    triton = pytest.importorskip("triton", reason="needs the package triton")
+    backends = pytest.importorskip("triton.backends.compiler")
+    source = pytest.importorskip("triton.experimental.gluon._runtime").GluonASTSource
+    from baleen.kernels.sparse_mla import gluon_kernel
+
+    function = getattr(gluon_kernel, kernel)
+    names = function.arg_names
+    pointers = dict.fromkeys(("q", "kv", "rope", "out"), "*bf16") | {"values": "*i32", "indices": "*i32"}
+    pointers |= dict.fromkeys(("scales", "sums", "maxima", "totals"), "*fp32")
+    constants = {"ROW": row, "SPLIT": split, "HOLD_ROPE": True} | ({} if split else dict.fromkeys(("sums",)))
+    constants = {name: value for name, value in constants.items() if name in names}
+    types = {"scale_log2": "fp32"} | pointers | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in names}
+    strides = [name for name in names if name.startswith(("q_", "out_"))]
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *strides) if name in names}
+    aligned = {key: value for key, value in aligned.items() if signature[names[key[0]]] != "constexpr"}
+    compiled = triton.compile(
+        source(function, signature, constants, aligned),
+        target=backends.GPUTarget("cuda", 90, 32),
+        options={"num_warps": gluon_kernel.NUM_WARPS},
+    )
+    ptx = compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 227 * 1024
+    assert ptx.count("wgmma.mma_async") == 2 * (36 + 4)
+    assert "cp.async.cg.shared.global" in ptx
+    assert not re.search(r"cp\.async\.ca|ld\.global\.b16|st\.shared\.b16", ptx)
+
+
+def test_shares_fill_the_machine() -> None:
+    """Heads of a token are 2 programs here, 2048 rows 32 tiles, and 132 programs run at a time."""
+    assert [shares(2 * tokens, 2048, 64, 132) for tokens in (1, 16, 64, 4096)] == [
+        (32, 64),
+        (4, 512),
+        (1, 2048),
+        (1, 2048),
+    ]
+    for programs, selected in ((1, 1), (6, 130), (3, 5000), (200, 2000)):
+        parts, length = shares(programs, selected, 64, 132)
+        assert parts * length >= selected
+        assert (parts - 1) * length < selected
 
 
 def test_equals_sdpa_under_the_mask_of_the_selection() -> None:
