@@ -7,15 +7,29 @@ from torch import Tensor
 
 from baleen.attention.batch import Group
 from baleen.config import PAGE_SIZE
+from baleen.kernels.mla_inputs import rope_queries
 
 
-def absorb(q: Tensor, kv_b: Tensor, nope: int) -> Tensor:
-    """q [T, H, nope + rope], kv_b [H, nope + v, latent] -> [T, H, latent + rope], to attend to rows of the cache."""
-    latent = kv_b.shape[2]
-    query = q.new_empty(q.shape[0], q.shape[1], latent + q.shape[2] - nope)
+def absorb(q: Tensor, cos: Tensor, sin: Tensor, kv_b: Tensor) -> Tensor:
+    """Queries to attend to rows of the cache.
+
+    q         [T, H, nope + rope] as projected; cos, sin [T, rope/2] float32
+    kv_b      [H, nope + v, latent]
+    returns   [T, H, latent + rope], rope applied
+    """
+    latent, rope = kv_b.shape[2], 2 * cos.shape[1]
+    nope = q.shape[2] - rope
+    query = q.new_empty(q.shape[0], q.shape[1], latent + rope)
     torch.bmm(q[..., :nope].transpose(0, 1), kv_b[:, :nope], out=query[..., :latent].transpose(0, 1))
-    query[..., latent:] = q[..., nope:]
+    rope_queries(q[..., nope:], cos, sin, query[..., latent:])
     return query
+
+
+def rotate(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rope of q [T, H, nope + rope] in place, and q."""
+    rope_part = q[..., q.shape[2] - 2 * cos.shape[1] :]
+    rope_queries(rope_part, cos, sin, rope_part)
+    return q
 
 
 def head_values(attended: Tensor, kv_b: Tensor, nope: int) -> Tensor:

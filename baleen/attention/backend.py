@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from baleen.attention.batch import ForwardBatch, Group, group_batch
+from baleen.attention.beside import Beside
 from baleen.attention.kv_pool import KeyNorms, KVPool, PackedIndex
 from baleen.attention.masked import MaskedAttention
 from baleen.attention.selection import Form, select
@@ -42,11 +43,19 @@ class Attention(Protocol):
 
     def everything(self, group: Group) -> Tensor | None: ...
 
+    def queries(self, group: Group, q: Tensor, cos: Tensor, sin: Tensor, kv_b: Tensor) -> Tensor:
+        """A group's queries as `attend` takes them: what of it waits for no selection.
+
+        q         [G*Q, H, nope + rope] as projected, which may be overwritten; cos, sin [G*Q, rope/2] float32
+        kv_b      [H, nope + v, latent]: kv_b_proj, per head
+        returns   [G*Q, H, ...], rope applied
+        """
+
     def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Tensor:
         """Attention of a group's query tokens to what is selected for them.
 
-        q          [G*Q, H, nope + rope], rope applied to the last part
-        kv_b       [H, nope + v, latent]: kv_b_proj, per head
+        q          as `queries` returns them
+        kv_b       [H, nope + v, latent]
         selection  in its form; None: every position up to the query's own
         returns    [G*Q, H, v]
         """
@@ -58,6 +67,7 @@ class Metadata:
 
     batch: ForwardBatch
     groups: list[Group]
+    beside: Beside
 
 
 class AttentionBackend:
@@ -84,9 +94,11 @@ class AttentionBackend:
             return self._dense
         return self._prefill
 
-    def plan(self, batch: ForwardBatch) -> Metadata:
-        """Group the batch; the result is passed back to the other calls of this step."""
-        return Metadata(batch, [self._planned(group) for group in group_batch(batch)])
+    def plan(self, batch: ForwardBatch, beside: Beside | None = None) -> Metadata:
+        """Group the batch; the result is passed back to the other calls of this step. beside: where small kernels of a
+        layer may run at once.
+        """
+        return Metadata(batch, [self._planned(group) for group in group_batch(batch)], beside or Beside())
 
     def _planned(self, group: Group) -> Group:
         if group.max_length <= self.index_topk:
@@ -135,15 +147,25 @@ class AttentionBackend:
             chosen.append(select(self.pool, layer, group, *own, self.index_topk, form))
         return chosen
 
-    def attend(self, layer: int, metadata: Metadata, q: Tensor, kv_b: Tensor, selection: list[Tensor | None]) -> Tensor:
-        """q [T, H, nope + rope], kv_b [H, nope + v, latent] -> [T, H, v]; see `Attention.attend`."""
+    def queries(self, metadata: Metadata, q: Tensor, cos: Tensor, sin: Tensor, kv_b: Tensor) -> list[Tensor]:
+        """q [T, H, nope + rope] as projected, which may be overwritten -> each group's, for `attend`."""
+        parts = []
+        for group in metadata.groups:
+            rows = group.tokens
+            parts.append(self._attention(group).queries(group, q[rows], cos[rows], sin[rows], kv_b))
+        return parts
+
+    def attend(
+        self, layer: int, metadata: Metadata, queries: list[Tensor], kv_b: Tensor, selection: list[Tensor | None]
+    ) -> Tensor:
+        """Queries of `queries`, kv_b [H, nope + v, latent] -> [T, H, v]; see `Attention.attend`."""
         outs = []
-        for group, chosen in zip(metadata.groups, selection):
+        for group, own, chosen in zip(metadata.groups, queries, selection):
             chosen = group.everything if chosen is None else chosen
-            outs.append(self._attention(group).attend(layer, group, q[group.tokens], kv_b, chosen))
+            outs.append(self._attention(group).attend(layer, group, own, kv_b, chosen))
         if len(outs) == 1 and isinstance(metadata.groups[0].tokens, slice):
             return outs[0]
-        out = q.new_empty(q.shape[0], *outs[0].shape[1:])
+        out = outs[0].new_empty(len(metadata.batch.positions), *outs[0].shape[1:])
         for group, part in zip(metadata.groups, outs):
             out[group.tokens] = part
         return out

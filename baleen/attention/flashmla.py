@@ -34,6 +34,9 @@ class FlashMlaSparse:
     def form(self, group: Group) -> Form:
         return "rows" if self._dequantizes else "slots"
 
+    def queries(self, group: Group, q: Tensor, cos: Tensor, sin: Tensor, kv_b: Tensor) -> Tensor:
+        return _padded_heads(absorb(q, cos, sin, kv_b))
+
     def everything(self, group: Group) -> Tensor:
         positions = visible_positions(group)
         return _indices(positions if self._dequantizes else position_slots(group, positions))
@@ -45,9 +48,8 @@ class FlashMlaSparse:
         if isinstance(rows, PackedLatent):
             assert group.num_requests == 1, "decode over an fp8 cache is flashmla_kv's"
             rows = self.pool.read_latent(layer, group.context_slots(), q.dtype)
-        nope = q.shape[2] - self.pool.rope_dim
         out = flash_mla_sparse_fwd(
-            _padded_heads(absorb(q, kv_b, nope)),
+            q,
             rows.unsqueeze(1),
             _indices(selection).unsqueeze(1),
             self.softmax_scale,
@@ -55,7 +57,7 @@ class FlashMlaSparse:
             use_legacy=True,
             return_log2_lse=False,
         )[0]
-        return head_values(out[:, : q.shape[1]], kv_b, nope)
+        return head_values(out[:, : kv_b.shape[0]], kv_b, self.pool.nope_dim)
 
 
 class FlashMlaKv:
@@ -71,6 +73,9 @@ class FlashMlaKv:
     def form(self, group: Group) -> Form:
         return "slots"
 
+    def queries(self, group: Group, q: Tensor, cos: Tensor, sin: Tensor, kv_b: Tensor) -> Tensor:
+        return _padded_heads(absorb(q, cos, sin, kv_b))
+
     def everything(self, group: Group) -> Tensor:
         return _indices(position_slots(group, visible_positions(group)))
 
@@ -83,9 +88,8 @@ class FlashMlaKv:
         schedule = get_mla_metadata()[0]
         if group.is_decode:
             schedule = self._schedules.setdefault((indices.shape[0], indices.shape[2]), schedule)
-        nope = q.shape[2] - self.pool.rope_dim
         out, _ = flash_mla_with_kvcache(
-            _padded_heads(absorb(q, kv_b, nope)).unsqueeze(1),
+            q.unsqueeze(1),
             rows.rows.view(torch.float8_e4m3fn).unflatten(0, (-1, PAGE_SIZE)).unsqueeze(2),
             None,
             None,
@@ -96,7 +100,7 @@ class FlashMlaKv:
             indices=indices,
             use_legacy=True,
         )
-        return head_values(out[:, 0, : q.shape[1]], kv_b, nope)
+        return head_values(out[:, 0, : kv_b.shape[0]], kv_b, self.pool.nope_dim)
 
 
 def _padded_heads(query: Tensor) -> Tensor:

@@ -97,6 +97,7 @@ class KVPool:
     ) -> None:
         self.latent_dim = model.kv_lora_rank
         self.rope_dim = model.qk_rope_head_dim
+        self.nope_dim = model.qk_nope_head_dim
         self.key_dim = model.index_head_dim
         pages = num_pages + 1
         self.index_page_bytes = PAGE_SIZE * (self.key_dim + 4 if index_cache_dtype == "fp8_e4m3" else self.key_dim * 4)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from baleen.attention.absorbed import rotate
 from baleen.attention.batch import Group
 from baleen.attention.kv_pool import KVPool
 from baleen.attention.selection import Form
@@ -30,11 +31,14 @@ class MaskedAttention:
     def everything(self, group: Group) -> None:
         """No mask at all."""
 
+    def queries(self, group: Group, q: Tensor, cos: Tensor, sin: Tensor, kv_b: Tensor) -> Tensor:
+        return rotate(q, cos, sin)
+
     def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Tensor:
         """See `backend.Attention.attend`."""
         rows = self.pool.read_latent(layer, group.context_slots(), q.dtype)
         latent, k_pe = rows.split([self.pool.latent_dim, self.pool.rope_dim], dim=-1)
-        nope = q.shape[2] - self.pool.rope_dim
+        nope = self.pool.nope_dim
         expanded = torch.mm(latent, kv_b.flatten(0, 1).t()).unflatten(1, kv_b.shape[:2])
         keys, values = expanded[..., :nope], expanded[..., nope:]
         start = group.max_length - group.num_queries

@@ -44,6 +44,9 @@ class OverRows:
         positions = visible_positions(group)
         return self._padded(positions if self._dequantizes else position_slots(group, positions))
 
+    def queries(self, group: Group, q: Tensor, cos: Tensor, sin: Tensor, kv_b: Tensor) -> Tensor:
+        return absorb(q, cos, sin, kv_b)
+
     def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Tensor:
         """See `backend.Attention.attend`."""
         assert selection is not None
@@ -51,10 +54,9 @@ class OverRows:
         if isinstance(rows, PackedLatent):
             assert group.num_requests == 1, "decode reads a bfloat16 cache"
             rows = self.pool.read_latent(layer, group.context_slots(), q.dtype)
-        nope = q.shape[2] - self.pool.rope_dim
         counts = self._counts(group.lengths, selection.shape[1])
-        out = self.over(absorb(q, kv_b, nope), rows, self._padded(selection), counts)
-        return head_values(out, kv_b, nope)
+        out = self.over(q, rows, self._padded(selection), counts)
+        return head_values(out, kv_b, self.pool.nope_dim)
 
     def _counts(self, lengths: Tensor, most: int) -> Tensor:
         """lengths [T] int64 -> [T] int32, at most `most`. Every layer of a step asks the same."""

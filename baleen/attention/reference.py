@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from baleen.attention.absorbed import absorb, head_values, position_slots
+from baleen.attention.absorbed import absorb, head_values, position_slots, rotate
 from baleen.attention.batch import Group
 from baleen.attention.kv_pool import KVPool, PackedLatent
 from baleen.attention.selection import Form, selection_mask, visible_positions
@@ -33,29 +33,32 @@ class ReferenceAttention:
     def everything(self, group: Group) -> None:
         """Made where it is needed: a CPU's masked form needs none."""
 
+    def queries(self, group: Group, q: Tensor, cos: Tensor, sin: Tensor, kv_b: Tensor) -> Tensor:
+        return rotate(q, cos, sin) if self._is_dense(group) else absorb(q, cos, sin, kv_b)
+
+    def _is_dense(self, group: Group) -> bool:
+        return not group.is_decode and group.max_length <= self.dense_prefill_threshold
+
     def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Tensor:
         """See `backend.Attention.attend`."""
-        if not group.is_decode and group.max_length <= self.dense_prefill_threshold:
-            return self._dense(layer, group, q, kv_b, selection)
-        return self._absorbed(layer, group, q, kv_b, selection)
+        attend = self._dense if self._is_dense(group) else self._absorbed
+        return attend(layer, group, q, kv_b, selection)
 
     def _absorbed(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, positions: Tensor | None) -> Tensor:
         if positions is None:
             positions = visible_positions(group)
         slots = position_slots(group, positions)
-        nope = q.shape[2] - self.pool.rope_dim
-        query = absorb(q, kv_b, nope)
         rows = self.pool.latent[layer]
         if isinstance(rows, PackedLatent):
-            out = sparse_mla_fp8(query, rows.values, rows.scales, rows.rope, slots, self.softmax_scale)
+            out = sparse_mla_fp8(q, rows.values, rows.scales, rows.rope, slots, self.softmax_scale)
         else:
-            out = sparse_mla(query, rows, slots, self.softmax_scale, self.pool.latent_dim)
-        return head_values(out, kv_b, nope)
+            out = sparse_mla(q, rows, slots, self.softmax_scale, self.pool.latent_dim)
+        return head_values(out, kv_b, self.pool.nope_dim)
 
     def _dense(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, positions: Tensor | None) -> Tensor:
         rows = self.pool.read_latent(layer, group.context_slots(), q.dtype)
         latent, k_pe = rows.split([self.pool.latent_dim, self.pool.rope_dim], dim=-1)
-        nope = q.shape[2] - self.pool.rope_dim
+        nope = self.pool.nope_dim
         keys = rows.new_empty(rows.shape[0], kv_b.shape[0], q.shape[2])
         keys[..., :nope] = torch.matmul(latent, kv_b[:, :nope].transpose(1, 2)).transpose(0, 1)
         keys[..., nope:] = k_pe[:, None]

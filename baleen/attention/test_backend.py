@@ -62,10 +62,11 @@ class Requests:
         batch = ForwardBatch(positions, positions, positions, self.page_table, self.q_lens, self.lengths, num_decode)
         metadata = backend.plan(batch)
         selection: list[Tensor | None] = [None] * len(metadata.groups)
+        rope = no_rope(len(self.gates), ROPE)
+        queries = backend.queries(metadata, self.q.clone(), *rope, self.kv_b)
         if backend.needs_scores(metadata):
-            rope = no_rope(len(self.gates), ROPE)
             selection = backend.select(0, metadata, *backend.index_queries(self.index_q, self.gates, 1.0, *rope))
-        return backend.attend(0, metadata, self.q, self.kv_b, selection), selection
+        return backend.attend(0, metadata, queries, self.kv_b, selection), selection
 
     def expected(self) -> Tensor:
         """Query by query: score every token, keep the best 32, expand their keys and values, softmax."""

@@ -103,10 +103,11 @@ def compare(name: str, kv: str, step: Step, device: torch.device) -> float:
         backend = AttentionBackend(MODEL, pool, prefill=prefill, decode=prefill, dense_prefill_threshold=dense)
         metadata = backend.plan(batch)
         selection: list[Tensor | None] = [None] * len(metadata.groups)
+        rope = angles.cos(), angles.sin()
         if backend.needs_scores(metadata):
-            queries = backend.index_queries(index_q, gates, 1.0, angles.cos(), angles.sin())
-            selection = backend.select(0, metadata, *queries)
-        return backend.attend(0, metadata, q.clone(), kv_b, selection)
+            selection = backend.select(0, metadata, *backend.index_queries(index_q, gates, 1.0, *rope))
+        queries = backend.queries(metadata, q.clone(), *rope, kv_b)
+        return backend.attend(0, metadata, queries, kv_b, selection)
 
     got, want = attend(name, step.dense).double(), attend("reference", 0).double()
     assert bool(got.isfinite().all())

@@ -24,14 +24,15 @@ class TritonAttention:
     def everything(self, group: Group) -> Tensor:
         return position_slots(group, visible_positions(group)).int()
 
+    def queries(self, group: Group, q: Tensor, cos: Tensor, sin: Tensor, kv_b: Tensor) -> Tensor:
+        return absorb(q, cos, sin, kv_b)
+
     def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Tensor:
         """See `backend.Attention.attend`."""
         assert selection is not None
-        nope = q.shape[2] - self.pool.rope_dim
-        query = absorb(q, kv_b, nope)
         rows = self.pool.latent[layer]
         if isinstance(rows, PackedLatent):
-            out = sparse_mla_fp8(query, rows.values, rows.scales, rows.rope, selection, self.softmax_scale)
+            out = sparse_mla_fp8(q, rows.values, rows.scales, rows.rope, selection, self.softmax_scale)
         else:
-            out = sparse_mla(query, rows, selection, self.softmax_scale, self.pool.latent_dim)
-        return head_values(out, kv_b, nope)
+            out = sparse_mla(q, rows, selection, self.softmax_scale, self.pool.latent_dim)
+        return head_values(out, kv_b, self.pool.nope_dim)

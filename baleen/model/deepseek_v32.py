@@ -12,12 +12,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from baleen.attention.backend import AttentionBackend, Metadata
 from baleen.config import ModelConfig
 from baleen.kernels.rope import rope_table, yarn_table
-from baleen.model.layers import Embedding, Linear, Precision, RMSNorm
+from baleen.model.layers import Embedding, Linear, Precision, RMSNorm, linear_float32
 from baleen.model.mla import MlaAttention
 from baleen.model.moe import Mlp, MoE
 from baleen.model.weights import Target
@@ -109,7 +108,7 @@ class DeepseekV32ForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden] -> [R, vocab] float32."""
-        return linear(hidden, self.lm_head.weight).float()
+        return linear_float32(hidden, self.lm_head.weight)
 
     def drop_mtp(self) -> None:
         """The checkpoint has no MTP layer: free what was kept for it."""

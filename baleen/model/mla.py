@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from baleen.attention.backend import AttentionBackend, Metadata
 from baleen.attention.kv_pool import KeyNorms
 from baleen.config import ModelConfig
-from baleen.kernels.mla_inputs import rope_queries
 from baleen.model.indexer import KEY_NORM_EPS, Indexer
 from baleen.model.layers import Activation, Linear, Precision, RMSNorm, weight
 from baleen.model.weights import Target
@@ -67,23 +66,29 @@ class MlaAttention(nn.Module):
 
     def forward(self, x: Activation, cos: Tensor, sin: Tensor, backend: AttentionBackend, metadata: Metadata) -> Tensor:
         """x [T, hidden] after the input norm, plain and as `takes_fp8` says; cos, sin [T, rope/2] -> [T, hidden]."""
+        beside = metadata.beside
+        scores = backend.needs_scores(metadata)
+        with beside.start():
+            gates = self.indexer.gates(x.plain) if scores and x.plain is not None else None
         q_latent, index_k, latent, k_pe = self.qkv_a(x).split(
             [self.q_lora_rank, self.index_key_dim, self.kv_lora_rank, self.rope_dim], dim=-1
         )
-        backend.store(self.layer, metadata, latent, k_pe, index_k, self.key_norms, cos, sin)
+        with beside.start():
+            backend.store(self.layer, metadata, latent, k_pe, index_k, self.key_norms, cos, sin)
         q, index_q = self.q_b(self.q_a_layernorm(q_latent, self.q_b)).split(
             [self.q_dim, self.q_b.weight.shape[0] - self.q_dim], dim=-1
         )
-        selection: list[Tensor | None] = [None] * len(metadata.groups)
-        if backend.needs_scores(metadata):
-            assert x.plain is not None
-            index_q = index_q.unflatten(-1, (self.indexer.num_heads, self.indexer.head_dim))
-            gates = self.indexer.gates(x.plain)
-            queries, gates = backend.index_queries(index_q, gates, self.indexer.gate_scale, cos, sin)
-            selection = backend.select(self.layer, metadata, queries, gates)
         q = q.unflatten(-1, (self.num_heads, self.nope_dim + self.rope_dim))
-        rope_queries(q[..., self.nope_dim :], cos, sin, q[..., self.nope_dim :])
-        out = backend.attend(self.layer, metadata, q, self.kv_b_proj, selection)
+        beside.join()
+        with beside.start():
+            queries = backend.queries(metadata, q, cos, sin, self.kv_b_proj)
+        selection: list[Tensor | None] = [None] * len(metadata.groups)
+        if gates is not None:
+            index_q = index_q.unflatten(-1, (self.indexer.num_heads, self.indexer.head_dim))
+            scored_by = backend.index_queries(index_q, gates, self.indexer.gate_scale, cos, sin)
+            selection = backend.select(self.layer, metadata, *scored_by)
+        beside.join()
+        out = backend.attend(self.layer, metadata, queries, self.kv_b_proj, selection)
         return self.o_proj(Activation(out.flatten(1)))
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from baleen.attention.backend import AttentionBackend
+from baleen.attention.beside import Beside
 from baleen.config import PAGE_SIZE
 from baleen.model.deepseek_v32 import DeepseekV32ForCausalLM
 from baleen.runner.inputs import RequestSlots, upload
@@ -37,6 +38,7 @@ class DecodeGraphs:
         self._contexts = padded_contexts(backend.index_topk, context_length)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self._beside = Beside(torch.cuda.Stream())
 
     def fits(self, num_rows: int) -> bool:
         """True if a decode step of so many rows has a graph."""
@@ -72,7 +74,7 @@ class DecodeGraphs:
     def _forward(self, inputs: Tensor, context: int) -> Tensor:
         slots, positions = inputs
         batch = self._slots.decode_batch(slots, positions, [context] * slots.shape[0])
-        metadata = self._backend.plan(batch)
+        metadata = self._backend.plan(batch, self._beside)
         return self._model.logits(self._model(batch.ids, batch.positions, self._backend, metadata))
 
 
