@@ -1,4 +1,4 @@
-"""`baleen serve | chat | eval | bench | route`. What a user can fix is one line on stderr and exit code 2."""
+"""`baleen serve | chat | eval | bench | doctor | route`. What a user can fix is one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ USAGE = """usage: baleen COMMAND [--help]
   chat     talk to a running server in the terminal
   eval     measure the answers of a running server
   bench    measure speed: batch, one static batch without a server (of a running server: not built yet)
+  doctor   what this machine has, which kernels run on it; --tune measures the FP8 products anew
   route    send requests to prefill and decode servers (not built yet)
 """
 
@@ -33,6 +34,7 @@ def command(argv: list[str], environ: Mapping[str, str]) -> int:
         "chat": chat,
         "eval": evaluate,
         "bench": lambda rest: bench(rest, environ),
+        "doctor": doctor,
         "route": route,
     }
     if not argv or argv[0] in ("-h", "--help"):
@@ -192,6 +194,12 @@ def bench(argv: list[str], environ: Mapping[str, str]) -> int:
     given = parser.parse(argv)
     fix = "any load generator for the OpenAI API can be pointed at the server"
     raise ConfigError(f"baleen bench {given.what}", "needs the benchmark clients, not built yet", fix)
+
+
+def doctor(argv: list[str]) -> int:
+    from baleen import doctor as command_module
+
+    return command_module.main(argv)
 
 
 def route(argv: list[str]) -> int:
