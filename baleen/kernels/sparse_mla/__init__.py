@@ -40,6 +40,6 @@ def sparse_mla_fp8(q: Tensor, values: Tensor, scales: Tensor, rope: Tensor, indi
              views of the 656-byte rows, see kv_store
     indices  [T, k] int64 or int32 slots; -1 is none
     returns  [T, H, Dl] q.dtype
-    Error, cost and scratch: as sparse_mla. Scales that are no powers of two below 256 may be rounded to bfloat16.
+    Error:   as sparse_mla, cost and scratch too. Scales that are no powers of two below 256 may be rounded to bfloat16.
     """
     return _sparse_mla_fp8(q, values, scales, rope, indices, scale)
