@@ -105,7 +105,8 @@ class AttentionBackend:
             return replace(group, everything=self._attention(group).everything(group))
         if not group.is_decode or group.lengths.device.type == "cpu" or not isinstance(self.pool.index[0], PackedIndex):
             return group
-        return replace(group, pages=plan_pages(group.page_table, group.lengths))
+        lengths = group.lengths if group.short_lengths is None else group.short_lengths
+        return replace(group, pages=plan_pages(group.page_table, lengths))
 
     def store(
         self,

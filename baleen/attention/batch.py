@@ -18,10 +18,12 @@ class ForwardBatch:
     ids         [T] int64
     positions   [T] int64, position in the request
     slots       [T] int64, KV slot of the token: page * 64 + offset
-    page_table  [R, P] int64 page ids; entries past a request's last page are some page of the pool, whatever it holds
+    page_table  [R, P] int64 or int32 page ids; entries past a request's last page are some page of the pool, whatever
+                it holds
     q_lens      R host ints, tokens computed now
     seq_lens    R host ints, tokens in the cache once this step has stored its own
     num_decode  the first num_decode requests have q_len 1 and use the decode kernels
+    lengths     positions + 1 as int64 and as int32, [R] each, where all requests have q_len 1; None: not made yet
     """
 
     ids: Tensor
@@ -31,6 +33,7 @@ class ForwardBatch:
     q_lens: list[int]
     seq_lens: list[int]
     num_decode: int
+    lengths: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,11 @@ class Group:
     """Requests computed together: G of them, Q query tokens each, of like length.
 
     tokens      [G*Q] int64 rows of the batch, request by request, or a slice where they are consecutive
-    page_table  [G, P] int64, P pages hold the longest of them
+    page_table  [G, P] int64 or int32, P pages hold the longest of them
     lengths     [G*Q] int64, number of tokens that each query token may see: its position + 1
     max_length  the largest of `lengths`, or more: a host int
+    short_lengths
+                `lengths` as int32, where the batch has them
     pages       prepared scoring of the index keys in their pages; None: keys are gathered
     everything  the selection that leaves nothing out, in the form its attention takes; None where some query sees more
                 than top-k tokens, or the attention needs none
@@ -52,6 +57,7 @@ class Group:
     max_length: int
     num_queries: int
     is_decode: bool
+    short_lengths: Tensor | None = None
     pages: PagePlan | None = None
     everything: Tensor | None = None
 
@@ -104,4 +110,7 @@ def _decode_group(batch: ForwardBatch, requests: list[int]) -> Group:
         rows = slice(0, batch.num_decode)
     else:
         rows = torch.tensor(requests, device=batch.positions.device)
-    return Group(rows, batch.page_table[rows, :pages], batch.positions[rows] + 1, longest, 1, True)
+    if batch.lengths is None:
+        return Group(rows, batch.page_table[rows, :pages], batch.positions[rows] + 1, longest, 1, True)
+    lengths, short = batch.lengths
+    return Group(rows, batch.page_table[rows, :pages], lengths[rows], longest, 1, True, short[rows])

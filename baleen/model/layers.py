@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import linear
 
+from baleen.kernels.embed import embed
 from baleen.kernels.fp8_gemm import fp8_gemm, fp8_linear_dequantized
 from baleen.kernels.fp8_quant import Quantized, quantize_1x128
 from baleen.kernels.rms_norm import add_rms_norm, add_rms_norm_quant, rms_norm, rms_norm_quant
@@ -143,7 +144,7 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """[T] int64 -> [T, hidden]."""
-        return embedding(ids, self.weight)
+        return embed(self.weight, ids)
 
     def targets(self, prefix: str) -> Iterator[Target]:
         yield Target(f"{prefix}.weight", tuple(self.weight.shape), self.weight.data, "plain")

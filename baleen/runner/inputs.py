@@ -10,6 +10,7 @@ from torch import Tensor
 
 from baleen.attention.batch import ForwardBatch
 from baleen.config import PAGE_SIZE
+from baleen.kernels.decode_inputs import decode_inputs
 from baleen.messages import ScheduledBatch, ScheduledRow
 
 
@@ -68,7 +69,7 @@ class RequestSlots:
         row_of_token = torch.repeat_interleave(lens, output_size=sum(q_lens))
         firsts = lens.cumsum(0) - lens
         positions = torch.arange(row_of_token.shape[0], device=self.device) - (firsts - starts)[row_of_token]
-        page_table = self._pages(slots, seq_lens)
+        page_table = self.page_table[slots, : _num_pages(seq_lens)]
         pages = page_table[row_of_token, positions // PAGE_SIZE]
         return ForwardBatch(
             ids=self._ids(batch),
@@ -85,20 +86,18 @@ class RequestSlots:
 
         slots, positions [R] int64 on the device; seq_lens R host ints, positions + 1 or more
         """
-        page_table = self._pages(slots, seq_lens)
-        pages = page_table.gather(1, positions[:, None] // PAGE_SIZE)[:, 0]
+        num_pages = _num_pages(seq_lens)
+        inputs = decode_inputs(slots, positions, self.last_ids, self.page_table, num_pages, PAGE_SIZE)
         return ForwardBatch(
-            ids=self.last_ids[slots],
+            ids=inputs.ids,
             positions=positions,
-            slots=pages * PAGE_SIZE + positions % PAGE_SIZE,
-            page_table=page_table,
+            slots=inputs.kv_slots,
+            page_table=inputs.page_table,
             q_lens=[1] * len(seq_lens),
             seq_lens=seq_lens,
             num_decode=len(seq_lens),
+            lengths=(inputs.lengths, inputs.short_lengths),
         )
-
-    def _pages(self, slots: Tensor, seq_lens: list[int]) -> Tensor:
-        return self.page_table[slots, : max(1, -(-max(seq_lens) // PAGE_SIZE))]
 
     def _ids(self, batch: ScheduledBatch) -> Tensor:
         known: list[int] = []
@@ -112,3 +111,8 @@ class RequestSlots:
             places, slots = upload(sampled, self.device).unbind(1)
             ids.index_copy_(0, places, self.last_ids[slots])
         return ids
+
+
+def _num_pages(seq_lens: list[int]) -> int:
+    """Pages of the longest request; one at least."""
+    return max(1, -(-max(seq_lens) // PAGE_SIZE))

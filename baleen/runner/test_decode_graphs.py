@@ -35,3 +35,6 @@ def test_padding_writes_to_page_0_and_leaves_the_others_as_they_are() -> None:
     assert padded.slots.tolist() == [5 * 64 + 6, 0]
     assert padded.page_table.shape == (2, 4), "as wide as the graph's context"
     assert padded.num_decode == 2
+    assert padded.lengths is not None
+    for lengths in padded.lengths:
+        assert lengths.tolist() == [71, 1]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from baleen.kernels.greedy import greedy
 from baleen.messages import OpenSlot, SamplingParams, TokenLogprobs
 from baleen.sampling import filters, noise
 from baleen.sampling.logprobs import prompt_logprobs, token_logprobs
@@ -117,8 +118,7 @@ class Sampler:
         ]
         wanted = reduce(or_, flags, 0)
         if not wanted:
-            largest, ids = logits.max(dim=1)
-            return SampledTokens(_checked(ids, largest), None)
+            return SampledTokens(greedy(logits), None)
         chunks = []
         for start in range(0, len(slots), self._chunk_rows):
             chunk = slice(start, start + self._chunk_rows)

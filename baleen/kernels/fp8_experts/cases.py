@@ -34,6 +34,13 @@ def _routed(
 # steps of the second's FP8 activations.
 CASES = [
     Case("fp8_experts", _routed, (*shape, dtype), rtol=rtol, atol=atol)
-    for shape in ((1, 2, 4, 128, 128), (7, 3, 9, 256, 128), (20, 3, 6, 384, 256), (150, 2, 7, 128, 128))
+    for shape in (
+        (1, 2, 4, 128, 128),
+        (7, 3, 9, 256, 128),
+        (20, 3, 6, 384, 256),
+        (33, 2, 24, 128, 128),
+        (128, 3, 8, 128, 128),
+        (150, 2, 7, 128, 128),
+    )
     for dtype, rtol, atol in ((torch.float32, 1e-4, 5e-2), (torch.bfloat16, 2**-5, 2.0))
 ]

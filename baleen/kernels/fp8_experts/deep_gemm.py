@@ -1,7 +1,7 @@
 """Routed experts by DeepGEMM's grouped products (package sgl-deep-gemm). Nothing here waits for the device.
 
-Very few tokens are multiplied by our own kernel, which reads nothing but the weights of the experts they go to. The
-others are laid out by expert: masked while an expert's room holds them all, joined above.
+Few tokens, in all or to an expert, are multiplied by our own kernel, which reads nothing but the weights of the experts
+they go to. The others are laid out by expert: masked while an expert's room holds them all, joined above.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from baleen.kernels.fp8_experts import layout, reference, triton_kernel
 from baleen.kernels.fp8_quant import Quantized
 
 FEW_TOKENS = 16
+FEW_ROWS = 8  # of an expert on average, of at most triton_kernel.MOST_TOKENS tokens
 MOST_MASKED = layout.MASKED_TOKENS
 
 
@@ -30,10 +31,11 @@ def fp8_experts(
     weights = (gate_up, gate_up_scale, down, down_scale)
     if not triton_kernel.can_run(x, down, dtype):
         return reference.fp8_experts(x, expert_ids, expert_weights, *weights, dtype)
-    num_tokens = expert_ids.shape[0]
-    if num_tokens <= FEW_TOKENS:
-        return triton_kernel.fp8_experts(x, expert_ids, expert_weights, *weights, dtype)
+    num_tokens, top_k = expert_ids.shape
     num_experts, hidden, width = down.shape
+    few_rows = num_tokens <= triton_kernel.MOST_TOKENS and num_tokens * top_k <= FEW_ROWS * num_experts
+    if num_tokens <= FEW_TOKENS or few_rows:
+        return triton_kernel.fp8_experts(x, expert_ids, expert_weights, *weights, dtype)
     expert_ids, num_pairs = expert_ids.contiguous(), expert_ids.numel()
     if num_tokens <= MOST_MASKED:
         place = layout.masked(x, expert_ids, num_experts)

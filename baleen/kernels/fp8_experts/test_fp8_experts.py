@@ -74,7 +74,8 @@ def test_triton_kernels_in_its_interpreter() -> None:
     pytest.importorskip("triton", reason="needs the package triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("this is the inner run")
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton and (loop and bfloat16 or strided) or layouts"]
+    chosen = "triton and (loop and bfloat16 or strided) or hold or few_rows"
+    command = [sys.executable, "-m", "pytest", __file__, "-k", chosen]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]
     assert "passed" in run.stdout
@@ -144,6 +145,7 @@ def deep_gemm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setitem(sys.modules, "deep_gemm", FakeDeepGemm())
     module = import_module(name)
     monkeypatch.setattr(module, "FEW_TOKENS", 0)
+    monkeypatch.setattr(module, "FEW_ROWS", 0)
     yield module
     del sys.modules[name]
     if real is not None:
@@ -191,6 +193,33 @@ def test_layouts_hold_each_row_once(deep_gemm: Any, joined: bool) -> None:
         starts = torch.arange(experts) * layout.MASKED_TOKENS
     first = starts[ids.flatten()]
     assert bool(((rows >= first) & (rows < first + counts[ids.flatten()])).all())
+
+
+@pytest.mark.parametrize("tokens", [17, 33, 128])
+def test_columns_hold_each_pair_once(deep_gemm: Any, tokens: int) -> None:
+    """Experts of 0, 16, 17 and more pairs; the columns of one come one after the other."""
+    experts, g = 21, torch.Generator().manual_seed(tokens)
+    ids = torch.stack([2 * torch.randperm(9, generator=g)[:4] for _ in range(tokens)])
+    ids[:, 0], ids[:16, 1], ids[16:, 1], ids[:17, 2] = experts - 1, 17, 18, 19
+    plan = deep_gemm.triton_kernel.columns_of(ids, experts)
+    assert plan.shape == (experts + ids.numel() // 16, 18)
+    by_expert: list[list[int]] = [[] for _ in range(experts)]
+    working = 0
+    for *pairs, count, expert in plan.tolist():
+        by_expert[expert] += pairs[:count]
+        working += count > 0
+    for expert, pairs in enumerate(by_expert):
+        assert pairs == (ids.flatten() == expert).nonzero()[:, 0].tolist()
+    assert working == sum(-(-len(pairs) // 16) for pairs in by_expert)
+
+
+def test_few_rows_of_an_expert_go_to_our_kernel(deep_gemm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (case,) = [case for case in CASES if case.parameters == (33, 2, 24, 128, 128, torch.bfloat16)]
+    monkeypatch.setattr(deep_gemm, "FEW_ROWS", 8)
+    arguments = case.arguments()
+    got = deep_gemm.fp8_experts(*arguments)
+    assert deep_gemm.deep_gemm.calls == []
+    assert_close(got, _token_by_token(*arguments), case.rtol, case.atol)
 
 
 @pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))

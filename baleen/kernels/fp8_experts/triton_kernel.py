@@ -1,7 +1,9 @@
 """Routed experts of few tokens in Triton, and what stands between the two products for any number of tokens.
 
-Few tokens need no rows sorted by expert: a program takes 64 rows of one expert's weight and multiplies them with all
-tokens, of which the tensor cores would otherwise be fed padding. Only touched experts are read, each once.
+A program takes 64 rows of one expert's weight and multiplies them with up to 16 of the expert's tokens, of which the
+tensor cores would otherwise be fed padding. Of up to 16 tokens in all, each program finds its own; for more, a plan is
+made first: columns of 16 pairs of one expert. Only touched experts are read, each once: the columns of one expert run
+side by side and share what they read in L2.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from baleen.kernels.fp8_quant import Quantized
 from baleen.kernels.fp8_quant.triton_kernel import quantize_blocks, tile_of
 
 _ROWS = 64  # of a weight, in a program: the least a tensor core's product has
-_MOST_TOKENS = 64  # in a program
+_COLUMN = 16  # tokens in a program
+_PLAN = _COLUMN + 2  # int32 of one column in the plan: its pairs, their number, their expert
+MOST_TOKENS = 128  # whose pairs one program of the plan compares
 _OPTIONS = {"num_warps": 4, "num_stages": 4}
 
 
@@ -34,11 +38,11 @@ def fp8_experts(
     if not can_run(x, down, dtype):
         return reference.fp8_experts(x, expert_ids, expert_weights, gate_up, gate_up_scale, down, down_scale, dtype)
     weights = (gate_up, gate_up_scale, down, down_scale)
-    if num_tokens <= _MOST_TOKENS:
+    if num_tokens <= MOST_TOKENS:
         return _few(x, expert_ids.contiguous(), expert_weights.contiguous(), weights, dtype)
     parts = []
-    for start in range(0, num_tokens, _MOST_TOKENS):
-        part = slice(start, start + _MOST_TOKENS)
+    for start in range(0, num_tokens, MOST_TOKENS):
+        part = slice(start, start + MOST_TOKENS)
         rows = Quantized(x.values[part], x.scale[part])
         parts.append(_few(rows, expert_ids[part].contiguous(), expert_weights[part].contiguous(), weights, dtype))
     return torch.cat(parts)
@@ -61,26 +65,56 @@ def _few(
     gate_up, gate_up_scale, down, down_scale = weights
     num_pairs = expert_ids.numel()
     gated = torch.empty(num_pairs, gate_up.shape[1], dtype=dtype, device=expert_ids.device)
-    _multiply(x, expert_ids, gate_up, gate_up_scale, gated, by_pair=False)
+    plan = columns_of(expert_ids, gate_up.shape[0]) if expert_ids.shape[0] > _COLUMN else None
+    _multiply(x, expert_ids, plan, gate_up, gate_up_scale, gated, by_pair=False)
     width = down.shape[2]
     values = torch.empty(num_pairs, width, dtype=torch.float8_e4m3fn, device=expert_ids.device)
     scale = torch.empty(width // 128, num_pairs, dtype=torch.float32, device=expert_ids.device)
     activate(gated, None, num_pairs, values, scale.unsqueeze(0))
     products = torch.empty(num_pairs, down.shape[1], dtype=dtype, device=expert_ids.device)
-    _multiply(Quantized(values, scale.t()), expert_ids, down, down_scale, products, by_pair=True)
+    _multiply(Quantized(values, scale.t()), expert_ids, plan, down, down_scale, products, by_pair=True)
     return weighted_sum(products, None, expert_weights, dtype)
 
 
+def columns_of(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """int32 [E + T*K // 16, 18]: for each column 16 pairs of one expert, how many of them count, and the expert.
+
+    Expert e's first column is e. Those after it begin at E + (pairs of the experts below e) // 16: room for all of
+    them, found without a count of the other experts' columns. Columns of no pair have number 0.
+    """
+    num_pairs = expert_ids.numel()
+    plan = torch.empty(num_experts + num_pairs // _COLUMN, _PLAN, dtype=torch.int32, device=expert_ids.device)
+    _plan[(num_experts,)](
+        expert_ids,
+        plan,
+        num_pairs,
+        num_experts,
+        PAIRS=triton.next_power_of_2(num_pairs),
+        COLUMN=_COLUMN,
+        STRIDE=_PLAN,
+        num_warps=4,
+    )
+    return plan
+
+
 def _multiply(
-    x: Quantized, expert_ids: Tensor, weight: Tensor, weight_scale: Tensor, out: Tensor, *, by_pair: bool
+    x: Quantized,
+    expert_ids: Tensor,
+    plan: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    out: Tensor,
+    *,
+    by_pair: bool,
 ) -> None:
     """out[pair] = weight of the pair's expert times the pair's row of x, or (by_pair False) its token's."""
     num_tokens, top_k = expert_ids.shape
     num_rows, dim = weight.shape[1:]
-    _products[(num_rows // _ROWS, num_tokens * top_k)](
+    _products[(num_rows // _ROWS, num_tokens * top_k if plan is None else plan.shape[0])](
         x.values,
         x.scale,
         expert_ids,
+        plan,
         weight,
         weight_scale,
         out,
@@ -93,7 +127,8 @@ def _multiply(
         DIM=dim,
         BY_PAIR=by_pair,
         ROWS=_ROWS,
-        TOKENS=max(16, triton.next_power_of_2(num_tokens)),
+        TOKENS=_COLUMN,
+        STRIDE=_PLAN,
         PADDED_K=triton.next_power_of_2(top_k),
         **_OPTIONS,
     )
@@ -134,11 +169,35 @@ def weighted_sum(products: Tensor, rows: Tensor | None, expert_weights: Tensor, 
     return out
 
 
+@triton.jit(do_not_specialize=["num_pairs", "num_experts"])
+def _plan(  # type: ignore[no-untyped-def]
+    expert_ids, plan, num_pairs, num_experts, PAIRS: tl.constexpr, COLUMN: tl.constexpr, STRIDE: tl.constexpr
+):
+    """The columns of one expert."""
+    expert = tl.program_id(0)
+    pair = tl.arange(0, PAIRS)
+    ids = tl.load(expert_ids + pair, mask=pair < num_pairs, other=num_experts).to(tl.int32)
+    own = (ids == expert).to(tl.int32)
+    rank = tl.cumsum(own, axis=0) - 1
+    count, below = tl.sum(own, axis=0), tl.sum((ids < expert).to(tl.int32), axis=0)
+    # The one before the first of the further columns, which the first one stands for.
+    base = num_experts + below // COLUMN - 1
+    place = tl.where(rank < COLUMN, expert, base + rank // COLUMN)
+    tl.store(plan + place * STRIDE + rank % COLUMN, pair, mask=own > 0)
+    tl.store(plan + expert * STRIDE + COLUMN, tl.minimum(count, COLUMN))
+    tl.store(plan + expert * STRIDE + (COLUMN + 1), expert)
+    for chunk in range(1, (below + count) // COLUMN - below // COLUMN + 1):
+        further = plan + (base + chunk) * STRIDE
+        tl.store(further + COLUMN, tl.minimum(tl.maximum(count - chunk * COLUMN, 0), COLUMN))
+        tl.store(further + (COLUMN + 1), expert)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "scale_row", "scale_block"])
 def _products(  # type: ignore[no-untyped-def]
     x,
     x_scale,
     expert_ids,
+    plan,
     weight,
     weight_scale,
     out,
@@ -152,21 +211,33 @@ def _products(  # type: ignore[no-untyped-def]
     BY_PAIR: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
+    STRIDE: tl.constexpr,
     PADDED_K: tl.constexpr,
 ):
-    """ROWS rows of the weight of one pair's expert, for all pairs of that expert, if no pair before is one of them.
+    """ROWS rows of the weight of one expert, for a column of the plan; without a plan for all pairs of the expert of
+    pair program_id(1), if no pair before is one of them.
 
     out [T*K, NUM_ROWS]. The row of x is the token's or the pair's; an expert is in a token's pairs once.
     """
     NO_PAIR: tl.constexpr = 0x7FFFFFFF
     BLOCKS: tl.constexpr = DIM // 128
     this = tl.program_id(1)
-    expert = tl.load(expert_ids + this)
-    token, column = tl.arange(0, TOKENS), tl.arange(0, PADDED_K)
-    pairs = token[:, None] * TOP_K + column[None, :]
-    ids = tl.load(expert_ids + pairs, mask=(token < num_tokens)[:, None] & (column < TOP_K)[None, :], other=-1)
-    pair = tl.min(tl.where(ids == expert, pairs, NO_PAIR), axis=1)
-    if tl.min(pair, axis=0) == this:
+    if plan is None:
+        expert = tl.load(expert_ids + this)
+        token, column = tl.arange(0, TOKENS), tl.arange(0, PADDED_K)
+        pairs = token[:, None] * TOP_K + column[None, :]
+        ids = tl.load(expert_ids + pairs, mask=(token < num_tokens)[:, None] & (column < TOP_K)[None, :], other=-1)
+        pair = tl.min(tl.where(ids == expert, pairs, NO_PAIR), axis=1)
+        works = tl.min(pair, axis=0) == this
+    else:
+        # From the end: the many columns of a last expert that every token has start together, and first.
+        place = plan + (tl.num_programs(1) - 1 - this) * STRIDE
+        lane = tl.arange(0, TOKENS)
+        count, expert = tl.load(place + TOKENS), tl.load(place + TOKENS + 1).to(tl.int64)
+        pair = tl.load(place + lane, mask=lane < count, other=NO_PAIR)
+        token = pair // TOP_K
+        works = count > 0
+    if works:
         own = pair < NO_PAIR
         row = tl.where(own, pair if BY_PAIR else token, 0)
         first = tl.program_id(0) * ROWS

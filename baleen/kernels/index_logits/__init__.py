@@ -51,7 +51,7 @@ class PagePlan(NamedTuple):
 def plan_pages(page_table: Tensor, lengths: Tensor) -> PagePlan:
     """Prepares `paged_index_logits` of one query token a request.
 
-    page_table  [G, n] int64, lengths [G] int64, 1 <= lengths[g] <= n * 64
+    page_table  [G, n], lengths [G], int64 or int32, 1 <= lengths[g] <= n * 64
     Error:      none.
     """
     return _plan_pages(page_table, lengths)

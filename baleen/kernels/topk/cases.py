@@ -74,6 +74,18 @@ def _magnitudes(rows: int, columns: int, g: torch.Generator) -> Tensor:
     )
 
 
+def _outliers(rows: int, columns: int, g: torch.Generator) -> Tensor:
+    """A few scores so large, and so small, that all others look alike beside them."""
+    logits = torch.randn(rows, columns, generator=g)
+    logits[:, ::1003] *= 1e30
+    return logits
+
+
+def _offset(rows: int, columns: int, g: torch.Generator) -> Tensor:
+    """Few different values, far from zero, and many of each."""
+    return 1000.0 + torch.rand(rows, columns, generator=g) * 0.05
+
+
 def _selection(kind: Any, rows: int, columns: int, k: int, full: bool, g: torch.Generator) -> tuple[Any, ...]:
     logits = kind(rows, columns, g)
     lengths = torch.randint(0, columns + 1, (rows,), generator=g)
@@ -87,35 +99,71 @@ def _selection(kind: Any, rows: int, columns: int, k: int, full: bool, g: torch.
     return torch.where(past, noise, logits), lengths, k
 
 
+def _slots(
+    kind: Any, rows: int, columns: int, k: int, num_queries: int, page_size: int, dtype: torch.dtype, g: torch.Generator
+) -> tuple[Any, ...]:
+    """The page table is a part of a wider one."""
+    logits, lengths, k = _selection(kind, rows, columns, k, False, g)
+    num_pages = (columns + page_size - 1) // page_size
+    pages = torch.randint(0, 1000, (rows // num_queries, num_pages + 2), generator=g).to(dtype)[:, 1:-1]
+    return logits, lengths, k, pages, num_queries, page_size
+
+
+_KINDS = (_distinct, _ties, _relu_zeros, _equal, _infinities, _nans)
+
 CASES = [
-    Case("topk", _selection, (kind, rows, columns, k, full))
-    for kind in (_distinct, _ties, _relu_zeros, _equal, _infinities, _nans)
-    for rows, columns, k, full in (
-        (1, 1, 1, True),
-        (6, 40, 1, False),
-        (9, 64, 16, False),
-        (5, 300, 64, True),
-        (4, 10, 16, False),
-        (40, 700, 128, False),
-    )
+    *(
+        Case(function, _selection, (kind, rows, columns, k, full))
+        for function, shapes in {
+            "topk": (
+                *((1, 1, 1, True), (6, 40, 1, False), (9, 64, 16, False)),
+                *((5, 300, 64, True), (4, 10, 16, False), (40, 700, 128, False)),
+            ),
+            "topk_mask": ((3, 1, 1, True), (9, 64, 16, False), (7, 333, 60, False)),
+        }.items()
+        for kind in _KINDS
+        for rows, columns, k, full in shapes
+    ),
+    *(
+        Case("topk_slots", _slots, (kind, rows, columns, k, num_queries, page_size, dtype))
+        for kind in (_distinct, _ties)
+        for rows, columns, k, num_queries, page_size, dtype in (
+            (7, 500, 90, 1, 64, torch.int64),
+            (12, 130, 64, 3, 16, torch.int32),
+        )
+    ),
+    Case("topk_slots", _selection, (_distinct, 5, 100, 30, False)),
 ]
 
 # Rows longer than what a kernel keeps at hand, few and many, of odd width so that most are unaligned.
 LONG_CASES = [
     *(
         Case("topk", _selection, (kind, rows, columns, k, full))
-        for kind in (
-            *(_distinct, _ties, _relu_zeros, _equal, _infinities, _nans),
-            *(_rising, _hidden_rising, _falling, _comb, _cluster, _magnitudes),
-        )
+        for kind in (*_KINDS, _rising, _hidden_rising, _falling, _comb, _cluster, _magnitudes, _outliers, _offset)
         for rows, columns, k, full in (
             (1, 131_072, 2048, True),
             (9, 70_001, 2048, False),
             (20, 20_003, 2048, False),
+            (5, 9000, 2048, False),
             (40, 33_333, 300, False),
             (70, 12_345, 1, True),
         )
     ),
-    Case("topk", _selection, (_distinct, 300, 16_385, 2048, False)),
-    Case("topk", _selection, (_distinct, 2, 1_200_000, 2048, True)),
+    *(
+        Case(function, _selection, (_distinct, rows, columns, 2048, False))
+        for function in ("topk", "topk_mask")
+        for rows, columns in (
+            *((2, 1_200_000), (300, 16_385), (140, 131_072), (50, 40_000), (100, 35_001)),
+            *((3, 16_384), (16, 8192), (2, 4096), (200, 8192), (200, 4096), (200, 4093)),
+        )
+    ),
+    *(
+        Case("topk_slots", _slots, (kind, rows, columns, 2048, num_queries, 64, dtype))
+        for kind in (_distinct, _relu_zeros)
+        for rows, columns, num_queries, dtype in (
+            (6, 131_072, 1, torch.int64),
+            (300, 4096, 300, torch.int64),
+            (200, 20_001, 2, torch.int32),
+        )
+    ),
 ]

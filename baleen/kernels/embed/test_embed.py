@@ -1,0 +1,48 @@
+"""Rows of a table against a loop over ids, and Triton's in its interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from baleen.kernels.dispatch import available
+from baleen.kernels.embed import IMPLEMENTATIONS
+from baleen.kernels.embed.cases import CASES
+from baleen.kernels.testing import Case, check
+
+
+def _loop(weight: Tensor, ids: Tensor) -> Tensor:
+    out = weight.new_zeros(len(ids), weight.shape[1])
+    for row, token in zip(out, ids.tolist(), strict=True):
+        row.copy_(weight[token])
+    return out
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
+def test_against_a_loop(implementation: str, case: Case) -> None:
+    check(IMPLEMENTATIONS, implementation, case, _loop)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
+def test_on_a_gpu_against_a_loop(implementation: str) -> None:
+    for case in CASES:
+        check(IMPLEMENTATIONS, implementation, case, _loop, "cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, the kernels run on it")
+def test_triton_kernels_in_its_interpreter() -> None:
+    pytest.importorskip("triton", reason="needs the package triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("this is the inner run")
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton and against_a_loop"]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "passed" in run.stdout
