@@ -14,23 +14,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from gpu import tests
 from gpu.serving import config_of
 from gpu.shapes import shapes
 from gpu.speed import batch, gather_profiles
-from gpu.stages import ROOT, Report, environment, run_here, spawn, table
+from gpu.stages import Report, end_on_sigterm, run_here, spawn, table
 
 
 def main() -> int:
@@ -43,18 +41,20 @@ def main() -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     if given.here:
         return run_here(given.here, STAGES[given.here], given.device, given.out)
+    end_on_sigterm()
+    work = given.out / "parts"  # as they go: whatever happens to this process, it is there
+    work.mkdir(exist_ok=True)
     codes: dict[str, int] = {}
     together = [stage for stage in TOGETHER if stage in given.stage]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(TOGETHER)) as pool:
-        work = Path(folder)
+    with ThreadPoolExecutor(len(TOGETHER)) as pool:
         running = {pool.submit(spawn, __file__, "--here", s, given.device, work, SECONDS[s]): s for s in together}
         for done in as_completed(running):
             codes[running[done]] = done.result()
             collect(running[done], codes, work, given.out)
-        for stage in given.stage:
-            if stage not in codes:
-                codes[stage] = spawn(__file__, "--here", stage, given.device, work, SECONDS[stage])
-                collect(stage, codes, work, given.out)
+    for stage in given.stage:
+        if stage not in codes:
+            codes[stage] = spawn(__file__, "--here", stage, given.device, work, SECONDS[stage])
+            collect(stage, codes, work, given.out)
     print("exit codes:", codes)
     return int(any(codes.values()))
 
@@ -83,49 +83,6 @@ def about(device: str, report: Report) -> None:
         report.add("gpu", properties=str(torch.cuda.get_device_properties(0)), free=torch.cuda.mem_get_info())
     for library in ("msgspec", "triton", "deep_gemm", "flash_mla") if device == "cuda" else ("msgspec",):
         report.attempt(library, lambda: {"version": str(getattr(import_module(library), "__version__", "there"))})  # noqa: B023
-
-
-def tests_of(folder: str) -> Any:
-    """A stage that runs the tests marked gpu of a folder, and reports what they recorded."""
-
-    def stage(device: str, report: Report) -> None:
-        path = report.path.with_suffix(".xml")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-m",
-            "gpu",
-            folder,
-            f"--junitxml={path}",
-            "-o",
-            "junit_family=xunit1",
-            *(["-n", "6"] if find_spec("xdist") else []),  # most of the time is compiling
-        ]
-        subprocess.run(
-            [*command, "-q", "--tb=line", "--continue-on-collection-errors", "-p", "no:warnings", "-rf"],
-            cwd=ROOT,
-            env=environment(),
-        )
-        skipped = 0
-        rows = []
-        for case in ElementTree.parse(path).iter("testcase"):
-            name = f"{(case.get('classname') or '').removeprefix('baleen.')}::{case.get('name')}"
-            values = {entry.get("name") or "": entry.get("value") for entry in case.iter("property")}
-            failure = case.find("failure")
-            failure = case.find("error") if failure is None else failure
-            if case.find("skipped") is not None:
-                skipped += 1
-                continue
-            message = "" if failure is None else (failure.get("message") or "")[-1500:]
-            report.attempt(name, lambda: {"ok": not message, **values, **({"error": message} if message else {})})  # noqa: B023
-            if message:
-                rows.append([name.split("::")[-1], message[-300:]])
-        report.add("skipped", tests=skipped)
-        if rows:
-            print(table(rows, ["failed", "with"]))
-
-    return stage
 
 
 def waits(device: str, report: Report) -> None:
@@ -177,14 +134,14 @@ def trace(device: str, report: Report) -> None:
 
 STAGES = {
     "about": about,
-    "ops": tests_of("baleen/kernels"),
-    "backends": tests_of("baleen/attention"),
-    "model": tests_of("baleen/runner"),
+    "ops": tests.stage(tests.ops, 10, 96),
+    "backends": tests.stage(tests.folder("baleen/attention", 4), 4, 105),
+    "model": tests.stage(tests.folder("baleen/runner", 5), 5, 105),
     "shapes": shapes,
     "waits": waits,
     "trace": trace,
 }
-SECONDS = {"about": 60, "ops": 280, "backends": 120, "model": 150, "shapes": 170, "waits": 90, "trace": 120}
+SECONDS = {"about": 60, "ops": 100, "backends": 110, "model": 110, "shapes": 170, "waits": 90, "trace": 120}
 TOGETHER = ("about", "ops", "backends", "model", "shapes")  # right or wrong, whatever else runs
 
 

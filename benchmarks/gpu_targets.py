@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu import answers, serving, speed
-from gpu.stages import run_here, spawn
+from gpu.stages import end_on_sigterm, run_here, spawn
 
 PARTS = {
     "decode": speed.decode,
@@ -48,12 +47,13 @@ def main() -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     if given.here:
         return run_here(given.here, PARTS[given.here], given.device, given.out)
+    end_on_sigterm()
     codes: dict[str, int] = {}
     for part in given.part:
-        with tempfile.TemporaryDirectory() as folder:
-            work = Path(folder)
-            codes[part] = spawn(__file__, "--here", part, given.device, work, SECONDS)
-            collect(part, codes[part], work, given.out)
+        work = given.out / "parts" / part  # as it goes: whatever happens to this process, it is there
+        work.mkdir(parents=True, exist_ok=True)
+        codes[part] = spawn(__file__, "--here", part, given.device, work, SECONDS)
+        collect(part, codes[part], work, given.out)
     print("exit codes:", codes)
     return int(any(codes.values()))
 

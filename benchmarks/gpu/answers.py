@@ -7,17 +7,21 @@ likeliest logits there, on the CPU, tells such a place from an error.
 
 from __future__ import annotations
 
-import gc
 import json
 import random
+import sys
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from gpu import wire
-from gpu.stages import ROOT, Report, table
+from gpu.stages import ROOT, Child, Report, each, environment, table
 
 EXPECTED = Path(__file__).parent / "answers_cpu.json"
 MODEL = ROOT / "baleen" / "tiny"
@@ -27,7 +31,8 @@ NEEDLE_TOKENS = 8000
 MOST_TOKENS = {"gsm8k": 320, "needle": 96}
 CLOSE = 0.5  # a gap of logits up to which a parting of answers is rounding: FP8 moves logits by a few tenths
 MOST_CACHED = 1 << 18
-SECONDS = 150  # no new pair of backends after this
+SECONDS, AT_ONCE = 95, 5  # of all pairs of backends together; processes at once
+FEW = {"gsm8k": 10, "needle": 4}  # questions to a slow pair
 CPU = {"device": "cpu", "dtype": "float32", "kv_cache_dtype": "float32"}
 
 
@@ -54,36 +59,46 @@ def problems(tokenizer: Any) -> list[Any]:
     return words + needle.generate([NEEDLE_TOKENS], NEEDLES, ratio)
 
 
-def ask(settings: dict[str, Any], tasks: tuple[str, ...] = ("gsm8k", "needle")) -> list[Answer]:
-    """Greedy answers of the bundled model under these settings."""
+def chosen(asked: list[Any], most: dict[str, int]) -> list[Any]:
+    """So many of each task, spread over it; all of a task that `most` does not name."""
+    found = []
+    for task in dict.fromkeys(one.task for one in asked):
+        own = [one for one in asked if one.task == task]
+        count = min(most.get(task, len(own)), len(own))
+        found += [own[i * len(own) // count] for i in range(count)]
+    return found
+
+
+def ask(settings: dict[str, Any], most: dict[str, int], done: Callable[[list[Answer]], None]) -> list[Answer]:
+    """Greedy answers of the bundled model under these settings; `done` gets all so far after each task."""
     from baleen.chat.format import Conversation
     from baleen.evals import scoring
     from baleen.llm import LLM
     from baleen.messages import SamplingParams
 
+    answers: list[Answer] = []
     with LLM(str(MODEL), disable_radix_cache=True, max_running_requests=64, **settings) as llm:
-        asked = [problem for problem in problems(llm.tokenizer) if problem.task in tasks]
-        prompts = [
-            llm.tokenizer.encode(llm.chat_format.encode(Conversation(p.messages, p.tools, p.thinking)).text)
-            for p in asked
-        ]
-        sampling = [
-            SamplingParams(temperature=0.0, max_new_tokens=MOST_TOKENS[problem.task], logprobs=2) for problem in asked
-        ]
-        completions = llm.generate(prompts, sampling)
-    answers = []
-    for problem, ids, done in zip(asked, prompts, completions):
-        said = scoring.Answer(content=done.text.rsplit("</think>")[-1])
-        gaps = [round(token.top[0][1] - token.top[1][1], 2) for token in done.logprobs]
-        right = scoring.RULES[problem.task](said, problem.answer)
-        answers.append(Answer(problem.task, zlib.crc32(repr(ids).encode()), done.token_ids, gaps, done.text, right))
+        asked = chosen(problems(llm.tokenizer), most)
+        for task in dict.fromkeys(problem.task for problem in asked):
+            own = [problem for problem in asked if problem.task == task]
+            prompts = [
+                llm.tokenizer.encode(llm.chat_format.encode(Conversation(p.messages, p.tools, p.thinking)).text)
+                for p in own
+            ]
+            sampling = SamplingParams(temperature=0.0, max_new_tokens=MOST_TOKENS[task], logprobs=2)
+            for problem, ids, one in zip(own, prompts, llm.generate(prompts, sampling)):
+                said = scoring.Answer(content=one.text.rsplit("</think>")[-1])
+                gaps = [round(token.top[0][1] - token.top[1][1], 2) for token in one.logprobs]
+                right = scoring.RULES[task](said, problem.answer)
+                answers.append(Answer(task, zlib.crc32(repr(ids).encode()), one.token_ids, gaps, one.text, right))
+            done(answers)
     return answers
 
 
 def write_expected() -> None:
     """Asks on the CPU and writes the file."""
     wire.stand_in()
-    answers = ask(CPU)
+    answers = ask(CPU, {}, lambda _: None)
     lines = ",\n".join(json.dumps(asdict(answer)) for answer in answers)
     EXPECTED.write_text(f'{{"settings": {json.dumps(CPU)}, "answers": [\n{lines}\n]}}\n')
     print(accuracy(answers), "right")
@@ -118,70 +133,87 @@ def differences(got: list[Answer], wanted: list[Answer]) -> list[dict[str, Any]]
     return found
 
 
-def release(device: str) -> None:
-    """Give back the GPU memory of an engine that has ended: its graphs lie in cycles."""
-    import torch
-
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-
-
-def pairs(device: str) -> list[dict[str, Any]]:
-    """Settings to try: the default, which takes masked multi-head prefill for short contexts, then every prefill and
-    decode backend there is, without that; over both caches, the torch backends last.
+def pairs(device: str) -> list[tuple[dict[str, Any], dict[str, int]]]:
+    """Settings to try and how many questions of each task to ask: the default, which takes masked multi-head prefill
+    for short contexts, the pairs of backends without that, and last the torch ones, which are slow.
     """
     from baleen.attention.backend import ATTENTION
 
+    bf16, fp8 = "bfloat16", "fp8_e4m3"
     if device == "cpu":
-        return [CPU, {**CPU, "kv_cache_dtype": "fp8_e4m3"}]
-    found: list[dict[str, Any]] = []
-    for kv in ("bfloat16", "fp8_e4m3"):
-        found.append({"kv_cache_dtype": kv})
-    for kv in ("bfloat16", "fp8_e4m3"):
-        for prefill in ATTENTION:
-            for decode in ATTENTION:
-                pair = {"prefill_backend": prefill, "decode_backend": decode, "dense_prefill_threshold": 0}
-                found.append({"kv_cache_dtype": kv, **pair})
-    return sorted(found, key=lambda settings: "reference" in settings.values())
+        few = {"gsm8k": 3, "needle": 0}
+        return [(CPU, few), ({**CPU, "kv_cache_dtype": fp8}, few)]
+    kinds = [
+        (bf16, "flashmla_sparse", "flashmla_sparse"), (fp8, "flashmla_sparse", "flashmla_kv"),
+        (bf16, "triton", "triton"), (fp8, "triton", "triton"), (fp8, "flashmla_kv", "flashmla_kv"),
+        (bf16, "reference", "reference"), (fp8, "reference", "reference"),
+    ]  # fmt: skip
+    found: list[tuple[dict[str, Any], dict[str, int]]] = [({"kv_cache_dtype": kv}, {}) for kv in (bf16, fp8)]
+    for kv, prefill, decode in kinds:
+        if {prefill, decode} <= ATTENTION.keys():
+            pair = {"prefill_backend": prefill, "decode_backend": decode, "dense_prefill_threshold": 0}
+            found.append(({"kv_cache_dtype": kv, **pair}, FEW if "reference" in pair.values() else {}))
+    return found
 
 
 def answers(device: str, report: Report) -> None:
-    """Every pair of backends that runs here: same answers as the CPU's, but where two tokens were nearly equal."""
+    """Every pair of backends in a process of its own: the CPU's answers, but where two tokens were nearly equal."""
+    report.add("cpu", accuracy=accuracy(expected()))
+    environ = environment({"OMP_NUM_THREADS": "1"})  # threads that wait for cores spin
+    children = []
+    for i, (settings, _) in enumerate(pairs(device)):
+        name = " ".join(str(value) for key, value in settings.items() if key != "dense_prefill_threshold")
+        stem = report.path.parent / f"answers_{i}"
+        stem.with_suffix(".jsonl").unlink(missing_ok=True)
+        command = [sys.executable, __file__, device, str(i), str(stem.with_suffix(".jsonl"))]
+        children.append(Child(name, command, stem.with_suffix(".output"), environ, SECONDS))
+    outputs = {child.name: child.output for child in children}
+    rows: list[list[Any]] = []
+
+    def collect(name: str, code: int | None, took: float) -> None:
+        path = outputs[name]
+        lines = path.with_suffix(".jsonl")
+        found = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+        values: dict[str, Any] = {**(found[-1] if found else {}), "exit": code, "seconds": took}
+        if code != 0:
+            values.update(ok=False, output=path.read_text()[-1500:] if path.exists() else "not started")
+        report.attempt(name, lambda: values)
+        shown = " ".join(f"{task} {right}" for task, right in values.get("accuracy", {}).items())
+        rows.append([name, code, shown, *(values.get(k) for k in ("same", "of", "largest gap", "ready")), took])
+
+    try:
+        each(children, AT_ONCE, SECONDS, collect)
+    finally:
+        print(table(rows, ["cache, prefill, decode", "exit", "right", "same text", "of", "largest gap", "ready", "s"]))
+
+
+def child(device: str, index: int, out: Path) -> None:
+    """One pair; a line of JSON after each task."""
+    began = time.monotonic()
     wire.stand_in()
     from baleen.config import ConfigError
 
-    wanted = expected()
-    report.add("cpu", accuracy=accuracy(wanted))
-    started = time.monotonic()
-    rows = []
-    tasks = ("gsm8k",) if device == "cpu" else ("gsm8k", "needle")
-    wanted = [answer for answer in wanted if answer.task in tasks]
-    for settings in pairs(device):
-        name = " ".join(str(value) for key, value in settings.items() if key != "dense_prefill_threshold")
-        if time.monotonic() - started > SECONDS:
-            report.add(name, left_out="no time")
-            continue
+    settings, most = pairs(device)[index]
+    wanted = chosen(expected(), most)
 
-        def check(settings: dict[str, Any] = settings) -> dict[str, Any]:
-            begun = time.monotonic()
-            try:
-                got = ask({"device": device, "max_total_tokens": MOST_CACHED, **settings}, tasks)
-            except (ConfigError, ImportError) as error:
-                return {"refused": str(error)}
-            finally:
-                release(device)
-            parted = differences(got, wanted)
-            far = [one for one in parted if one["gap"] is None or one["gap"] > CLOSE]
-            return {
-                "ok": not far, "accuracy": accuracy(got), "same": len(got) - len(parted), "of": len(got),
-                "largest gap": max((one["gap"] or 0.0 for one in parted), default=0.0),
-                "seconds": time.monotonic() - begun, "parted": parted,
-            }  # fmt: skip
+    def write(values: dict[str, Any]) -> None:
+        with out.open("a") as file:
+            file.write(json.dumps(values) + "\n")
 
-        values = report.attempt(name, check)
-        if "same" in values:
-            rows.append([name, *values["accuracy"].values(), values["same"], values["largest gap"], values["seconds"]])
-        elif not values.get("ok", True):
-            rows.append([name, "failed"] + [None] * (len(tasks) + 2))
-    print(table(rows, ["cache, prefill, decode", *tasks, "same text", "largest gap", "s"]))
+    def done(got: list[Answer]) -> None:
+        parted = differences(got, wanted[: len(got)])
+        far = [one for one in parted if one["gap"] is None or one["gap"] > CLOSE]
+        write({
+            "ok": not far, "accuracy": accuracy(got), "same": len(got) - len(parted), "of": len(got),
+            "largest gap": max((one["gap"] or 0.0 for one in parted), default=0.0),
+            "ready": time.monotonic() - began, "parted": parted,
+        })  # fmt: skip
+
+    try:
+        ask({"device": device, "max_total_tokens": MOST_CACHED, **settings}, most, done)
+    except (ConfigError, ImportError) as error:
+        write({"refused": str(error)})
+
+
+if __name__ == "__main__":
+    child(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

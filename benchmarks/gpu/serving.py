@@ -165,23 +165,25 @@ def start(device: str, report: Report) -> None:
         caches = {
             name: str(Path(folder) / name) for name in ("DG_JIT_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
         }
-        for label, target in (("cold", COLD_SECONDS), ("warm", WARM_SECONDS)):
+        try:
+            for label, target in (("cold", COLD_SECONDS), ("warm", WARM_SECONDS)):
 
-            def check(label: str = label, target: float = target) -> dict[str, Any]:
-                out = Path(folder) / f"{label}.json"
-                command = [sys.executable, str(Path(__file__)), device, repr(time.time()), str(out)]
-                environ = environment(caches)
-                environ["PYTHONPATH"] = f"{Path(__file__).parent.parent}:{environ['PYTHONPATH']}"
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    subprocess.run(command, check=True, timeout=CHILD_SECONDS, env=environ)
-                marks = json.loads(out.read_text())
-                done = marks.get("every size answered", float("inf"))
-                return {"ok": done < target, "target": target, "seconds": marks}
+                def check(label: str = label, target: float = target) -> dict[str, Any]:
+                    out = Path(folder) / f"{label}.json"
+                    command = [sys.executable, str(Path(__file__)), device, repr(time.time()), str(out)]
+                    environ = environment(caches)
+                    environ["PYTHONPATH"] = f"{Path(__file__).parent.parent}:{environ['PYTHONPATH']}"
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        subprocess.run(command, check=True, timeout=CHILD_SECONDS, env=environ)
+                    marks = json.loads(out.read_text())
+                    done = marks.get("every size answered", float("inf"))
+                    return {"ok": done < target, "target": target, "seconds": marks}
 
-            values = report.attempt(label, check)
-            if "seconds" in values:
-                rows.append([label, *(values["seconds"].get(name) for name in MARKS), target])
-    print(table(rows, ["", *MARKS, "target"]))
+                values = report.attempt(label, check)
+                if "seconds" in values:
+                    rows.append([label, *(values["seconds"].get(name) for name in MARKS), target])
+        finally:
+            print(table(rows, ["", *MARKS, "target"]))
 
 
 def start_child(device: str, began: float, out: Path) -> None:

@@ -93,7 +93,7 @@ def _mla_inputs(m: Maker, tokens: int, label: str, wide: Any) -> Iterator[Input]
 
     cos, sin = m.angles(tokens)
     weights = (1 + m.normal(LATENT, dtype="float32"), 1e-6, 1 + m.normal(128, dtype="float32"))
-    weights += (m.normal(128, dtype="float32"), 1e-6)
+    of_key = (m.normal(128, dtype="float32"), 1e-6)
     pages = -(-tokens // 64) + 1
     slots = 64 + m.torch.randperm(tokens, generator=m.generator, device=m.device)
     rows = m.torch.zeros(64 * pages, 656, dtype=m.torch.uint8, device=m.device)
@@ -101,9 +101,9 @@ def _mla_inputs(m: Maker, tokens: int, label: str, wide: Any) -> Iterator[Input]
     index = PackedIndex.of(m.torch.zeros(pages, 64 * 132, dtype=m.torch.uint8, device=m.device), INDEX_DIM)
     parts = (wide[:, 1536:2048], wide[:, 2048:2112], wide[:, 2112:])
     caches = ((latent.values, latent.scales, latent.rope), (index.keys, index.scales))
-    yield "mla_inputs", "store_keys", f"{label}, fp8", (*parts, *weights, cos, sin, slots, *caches)
+    yield "mla_inputs", "store_keys", f"{label}, fp8", (*parts, *weights, *of_key, cos, sin, slots, *caches)
     plain = (m.normal(64 * pages, LATENT + ROPE),)
-    yield "mla_inputs", "store_keys", f"{label}, bf16", (*parts, *weights, cos, sin, slots, plain, caches[1])
+    yield "mla_inputs", "store_keys", f"{label}, bf16", (*parts, *weights, *of_key, cos, sin, slots, plain, caches[1])
     q = m.normal(tokens, HEADS * (NOPE + ROPE) + INDEX_HEADS * INDEX_DIM)
     index_q = q[:, HEADS * (NOPE + ROPE) :].unflatten(1, (INDEX_HEADS, INDEX_DIM))
     gates = m.normal(tokens, INDEX_HEADS, dtype="float32")

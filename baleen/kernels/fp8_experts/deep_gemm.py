@@ -14,7 +14,7 @@ from baleen.kernels.fp8_experts import layout, reference, triton_kernel
 from baleen.kernels.fp8_quant import Quantized
 
 FEW_TOKENS = 16
-FEW_ROWS = 8  # of an expert on average, of at most triton_kernel.MOST_TOKENS tokens
+FEW_ROWS = 9  # of an expert on average, of at most triton_kernel.MOST_TOKENS tokens
 MOST_MASKED = layout.MASKED_TOKENS
 
 
