@@ -67,9 +67,9 @@ class MlaAttention(nn.Module):
     def forward(self, x: Activation, cos: Tensor, sin: Tensor, backend: AttentionBackend, metadata: Metadata) -> Tensor:
         """x [T, hidden] after the input norm, plain and as `takes_fp8` says; cos, sin [T, rope/2] -> [T, hidden]."""
         beside = metadata.beside
-        scores = backend.needs_scores(metadata)
+        assert x.plain is not None, "the indexer's gates are not FP8"
         with beside.start():
-            gates = self.indexer.gates(x.plain) if scores and x.plain is not None else None
+            gates = self.indexer.gates(x.plain) if backend.needs_scores(metadata) else None
         q_latent, index_k, latent, k_pe = self.qkv_a(x).split(
             [self.q_lora_rank, self.index_key_dim, self.kv_lora_rank, self.rope_dim], dim=-1
         )
