@@ -13,7 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from recipes.tiny.documents import Documents, Group
 from recipes.tiny.layers import Linear, RMSNorm
 
-MODES = ("dense", "sparse", "random", "swapped")
 
 
 @dataclass
@@ -48,29 +47,33 @@ def rope_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
+def rope_index(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The indexer's: x [T, (H,) D], its first dims, as many as cos and sin say, pairs half of them apart."""
+    size = 2 * cos.shape[-1]
+    return torch.cat([rope_half(x[..., :size], cos, sin), x[..., size:]], -1)
+
+
 class Indexer(nn.Module):
     """The lightning indexer. Its inputs are detached by the caller: only its own loss trains it."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         self.heads, self.dim = config["index_n_heads"], config["index_head_dim"]
-        self.rope_dim = config["qk_rope_head_dim"]
         self.wq_b = Linear(config["q_lora_rank"], self.heads * self.dim)
         self.wk = Linear(config["hidden_size"], self.dim)
         self.k_norm = nn.LayerNorm(self.dim, eps=1e-6)
         self.weights_proj = nn.Linear(config["hidden_size"], self.heads, bias=False)
-        self.rope = rope_half  # the ablation of the layout puts the other one here
+        self.rope = rope_index  # ablations put another one here
 
     def queries(self, q_latent: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[T, q_lora_rank] after its norm -> [T, H, D]."""
-        q = self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim))
-        return torch.cat([self.rope(q[..., : self.rope_dim], cos, sin), q[..., self.rope_dim :]], -1)
+        return self.rope(self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim)), cos, sin)
 
     def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[T, hidden] -> [T, D]."""
         k = self.wk(x)
         k = F.layer_norm(k.float(), (self.dim,), self.k_norm.weight, self.k_norm.bias, 1e-6).to(k.dtype)
-        return torch.cat([self.rope(k[..., : self.rope_dim], cos, sin), k[..., self.rope_dim :]], -1)
+        return self.rope(k, cos, sin)
 
     def gates(self, x: Tensor) -> Tensor:
         """[T, hidden] -> [T, H] float32."""

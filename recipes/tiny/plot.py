@@ -46,14 +46,14 @@ def curves(log: Path, out: Path) -> None:
 
 def depths(reports: list[dict[str, Any]], out: Path) -> None:
     """Needle accuracy over depth and length, a panel each way of selecting."""
-    grids = [(mode, r, r["depth"][mode]) for r in reports for mode in ("sparse", "swapped", "random")
+    grids = [(mode, r, r["depth"][mode]) for r in reports for mode in ("sparse", "layout", "random")
              if mode in r.get("depth", {})]  # fmt: skip
     if not grids:
         return
     figure, axes = plt.subplots(1, len(grids), figsize=(5.5 * len(grids), 3.6), squeeze=False)
     titles = {
         "sparse": "the indexer's top-k",
-        "swapped": "indexer with the wrong rope layout",
+        "layout": "indexer with the main attention's rope layout",
         "random": "random top-k",
     }
     for axis, (mode, report, grid) in zip(axes[0], grids):
