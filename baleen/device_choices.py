@@ -122,7 +122,9 @@ def attention(r: Resolver, model: ModelConfig) -> None:
     dense = "attention.dense_prefill_threshold"
     if r["attention.prefill_backend"] != "reference":
         r.choose(dense, MASKED_PREFILL, "masked multi-head prefill is faster up to here, measured on an H200")
-    r.choose(dense, 4 * model.index_topk, "4 index_topk: masked multi-head prefill is faster up to here")
+    # Measured with keys and values of 192 and 128, the released model's, and of 128 and 64.
+    times = 4 if model.qk_head_dim + model.v_head_dim > 192 else 6
+    r.choose(dense, times * model.index_topk, f"{times} index_topk: masked multi-head prefill is faster up to here")
 
 
 def _backend(r: Resolver, key: str, model: ModelConfig) -> None:

@@ -68,7 +68,7 @@ def test_defaults_on_a_cpu(checkpoint: str) -> None:
     assert (config.scheduler.max_running_requests, config.scheduler.chunked_prefill_size) == (64, 512)
     assert (config.scheduler.schedule_policy, config.scheduler.max_queued_requests) == ("fcfs", None)
     assert (config.attention.prefill_backend, config.attention.kernels) == ("reference", "reference")
-    assert config.attention.dense_prefill_threshold == 4 * 8
+    assert config.attention.dense_prefill_threshold == 6 * 8
     assert (config.server.host, config.server.port, config.server.served_model_name) == ("127.0.0.1", 30000, checkpoint)
     assert AUTO not in leaves(config)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
@@ -11,6 +13,10 @@ from baleen.kernels.hadamard.reference import hadamard
 from baleen.kernels.kv_store.reference import store_index_fp8, store_latent_fp8, store_rows
 from baleen.kernels.rms_norm.reference import rms_norm
 from baleen.kernels.rope.reference import rope_half, rope_interleaved
+
+# Of what lies between two of an index query's operations, for a chunk of tokens: more takes as long in page faults as in
+# arithmetic.
+SCRATCH_BYTES = 2 << 20
 
 
 def store_keys(
@@ -49,7 +55,15 @@ def store_keys(
 def index_queries(q: Tensor, gates: Tensor, gate_scale: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     if q.shape[-1] > BLOCK:
         raise ValueError(f"mla_inputs: index queries are {q.shape[-1]} wide, more than the {BLOCK} of one scale")
-    values, scale = quantize_1x128(hadamard(_rotate_first(q, cos, sin)))
+    step = max(SCRATCH_BYTES // (4 * math.prod(q.shape[1:])), 1)
+    if q.shape[0] <= step:
+        values, scale = quantize_1x128(hadamard(_rotate_first(q, cos, sin)))
+    else:
+        values = torch.empty(q.shape, dtype=torch.float8_e4m3fn, device=q.device)
+        scale = torch.empty(*q.shape[:-1], 1, dtype=torch.float32, device=q.device)
+        for first in range(0, q.shape[0], step):
+            rows = slice(first, first + step)
+            values[rows], scale[rows] = quantize_1x128(hadamard(_rotate_first(q[rows], cos[rows], sin[rows])))
     return values, gates.float() * gate_scale * scale.squeeze(-1)
 
 
