@@ -228,6 +228,9 @@ class SchedulerConfig:
         help="largest decode batch in a CUDA graph; default: --max-running-requests",
     )
     disable_cuda_graph: bool = opt(False, "--disable-cuda-graph", help="run without CUDA graphs")
+    skip_server_warmup: bool = opt(
+        False, "--skip-server-warmup", help="on a GPU, compile kernels when requests first need them, not at start"
+    )
 
 
 _DSA_BACKENDS = (

@@ -35,6 +35,7 @@ from baleen.messages import (
     TokenOutputs,
 )
 from baleen.runner.model_runner import LaunchedStep, ModelRunner
+from baleen.runner.warm_up import warm_up
 from baleen.sampling.grammar_compiler import GrammarCompiler
 from baleen.sampling.grammar_text import GrammarError, Vocabulary
 from baleen.scheduler.scheduler import Scheduler
@@ -64,6 +65,8 @@ class Engine:
         # two pools on the same cores make every barrier several times slower.
         self._compiler = GrammarCompiler(lambda: _vocabulary(config))
         self.runner = self._thread.submit(ModelRunner, config, self._compiler, progress=progress).result()
+        if not config.scheduler.skip_server_warmup:
+            self._thread.submit(warm_up, self.runner, config, progress=progress).result()
         self.scheduler = Scheduler(
             num_pages=self.runner.num_pages,
             page_size=config.cache.page_size,

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from baleen.attention.batch import Group
 from baleen.config import PAGE_SIZE
+from baleen.kernels.fp8_quant import Quantized, quantize_1x128
+from baleen.kernels.head_values import head_values, head_values_quant
 from baleen.kernels.mla_inputs import rope_queries
+
+
+class Latents(NamedTuple):
+    """What heads attended to in the latent space: [T, H, latent]. `values` and `quantized_values` take it out."""
+
+    rows: Tensor
 
 
 def absorb(q: Tensor, cos: Tensor, sin: Tensor, kv_b: Tensor) -> Tensor:
@@ -32,12 +42,16 @@ def rotate(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return q
 
 
-def head_values(attended: Tensor, kv_b: Tensor, nope: int) -> Tensor:
-    """Attended latents [T, H, latent], kv_b [H, nope + v, latent] -> [T, H, v]."""
-    w_vc = kv_b[:, nope:].transpose(1, 2)
-    out = attended.new_empty(attended.shape[0], attended.shape[1], w_vc.shape[2])
-    torch.bmm(attended.transpose(0, 1), w_vc, out=out.transpose(0, 1))
-    return out
+def values(attended: Latents | Tensor, kv_b: Tensor, nope: int) -> Tensor:
+    """What `Attention.attend` returns, kv_b [H, nope + v, latent] -> [T, H, v]."""
+    return head_values(attended.rows, kv_b[:, nope:]) if isinstance(attended, Latents) else attended
+
+
+def quantized_values(attended: Latents | Tensor, kv_b: Tensor, nope: int) -> Quantized:
+    """As `values`, with each token's in one row, quantised: [T, H * v]."""
+    if isinstance(attended, Latents):
+        return head_values_quant(attended.rows, kv_b[:, nope:])
+    return quantize_1x128(attended.flatten(1))
 
 
 def position_slots(group: Group, positions: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from baleen.attention.absorbed import Latents, quantized_values, values
 from baleen.attention.batch import ForwardBatch, Group, group_batch
 from baleen.attention.beside import Beside
 from baleen.attention.kv_pool import KeyNorms, KVPool, PackedIndex
 from baleen.attention.masked import MaskedAttention
 from baleen.attention.selection import Form, select
 from baleen.config import ModelConfig
+from baleen.kernels.fp8_quant import Quantized, quantize_1x128
 from baleen.kernels.index_logits import plan_pages
 from baleen.kernels.mla_inputs import index_queries
 from baleen.kernels.rope import rope_half
@@ -51,13 +53,13 @@ class Attention(Protocol):
         returns   [G*Q, H, ...], rope applied
         """
 
-    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Tensor:
+    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Latents | Tensor:
         """Attention of a group's query tokens to what is selected for them.
 
         q          as `queries` returns them
         kv_b       [H, nope + v, latent]
         selection  in its form; None: every position up to the query's own
-        returns    [G*Q, H, v]
+        returns    [G*Q, H, v], or in the absorbed form the latents [G*Q, H, latent] that are still to become that
         """
 
 
@@ -98,7 +100,10 @@ class AttentionBackend:
         """Group the batch; the result is passed back to the other calls of this step. beside: where small kernels of a
         layer may run at once.
         """
-        return Metadata(batch, [self._planned(group) for group in group_batch(batch)], beside or Beside())
+        beside = beside or Beside()
+        with beside.start():
+            groups = [self._planned(group) for group in group_batch(batch)]
+        return Metadata(batch, groups, beside)
 
     def _planned(self, group: Group) -> Group:
         if group.max_length <= self.index_topk:
@@ -160,22 +165,43 @@ class AttentionBackend:
         self, layer: int, metadata: Metadata, queries: list[Tensor], kv_b: Tensor, selection: list[Tensor | None]
     ) -> Tensor:
         """Queries of `queries`, kv_b [H, nope + v, latent] -> [T, H, v]; see `Attention.attend`."""
-        outs = []
-        for group, own, chosen in zip(metadata.groups, queries, selection):
-            chosen = group.everything if chosen is None else chosen
-            outs.append(self._attention(group).attend(layer, group, own, kv_b, chosen))
-        if len(outs) == 1 and isinstance(metadata.groups[0].tokens, slice):
+        nope = self.pool.nope_dim
+        outs = [
+            values(self._attended(layer, group, own, kv_b, chosen), kv_b, nope)
+            for group, own, chosen in zip(metadata.groups, queries, selection)
+        ]
+        if _is_whole(metadata):
             return outs[0]
         out = outs[0].new_empty(len(metadata.batch.positions), *outs[0].shape[1:])
         for group, part in zip(metadata.groups, outs):
             out[group.tokens] = part
         return out
 
+    def attend_quantized(
+        self, layer: int, metadata: Metadata, queries: list[Tensor], kv_b: Tensor, selection: list[Tensor | None]
+    ) -> Quantized:
+        """As `attend`, the values of each token in one row, quantised 1x128: [T, H * v]."""
+        if not _is_whole(metadata):
+            return quantize_1x128(self.attend(layer, metadata, queries, kv_b, selection).flatten(1))
+        attended = self._attended(layer, metadata.groups[0], queries[0], kv_b, selection[0])
+        return quantized_values(attended, kv_b, self.pool.nope_dim)
+
+    def _attended(
+        self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None
+    ) -> Latents | Tensor:
+        chosen = group.everything if selection is None else selection
+        return self._attention(group).attend(layer, group, q, kv_b, chosen)
+
     def needs_scores(self, metadata: Metadata) -> bool:
         """False if no query of the step sees more than `index_topk` tokens: the index keys are stored, nothing is
         scored.
         """
         return any(group.max_length > self.index_topk for group in metadata.groups)
+
+
+def _is_whole(metadata: Metadata) -> bool:
+    """The step is one group, of all tokens in their order."""
+    return len(metadata.groups) == 1 and isinstance(metadata.groups[0].tokens, slice)
 
 
 def _load(name: str) -> type:

@@ -12,7 +12,7 @@ from flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_meta
 from torch import Tensor
 from torch.nn.functional import pad
 
-from baleen.attention.absorbed import absorb, head_values, position_slots
+from baleen.attention.absorbed import Latents, absorb, position_slots
 from baleen.attention.batch import Group
 from baleen.attention.kv_pool import KVPool, PackedLatent
 from baleen.attention.selection import Form, visible_positions
@@ -41,7 +41,7 @@ class FlashMlaSparse:
         positions = visible_positions(group)
         return _indices(positions if self._dequantizes else position_slots(group, positions))
 
-    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Tensor:
+    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Latents:
         """See `backend.Attention.attend`."""
         assert selection is not None
         rows = self.pool.latent[layer]
@@ -57,7 +57,7 @@ class FlashMlaSparse:
             use_legacy=True,
             return_log2_lse=False,
         )[0]
-        return head_values(out[:, : kv_b.shape[0]], kv_b, self.pool.nope_dim)
+        return Latents(out[:, : kv_b.shape[0]])
 
 
 class FlashMlaKv:
@@ -79,7 +79,7 @@ class FlashMlaKv:
     def everything(self, group: Group) -> Tensor:
         return _indices(position_slots(group, visible_positions(group)))
 
-    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Tensor:
+    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Latents:
         """See `backend.Attention.attend`."""
         assert selection is not None
         rows = self.pool.latent[layer]
@@ -100,7 +100,7 @@ class FlashMlaKv:
             indices=indices,
             use_legacy=True,
         )
-        return head_values(out[:, 0, : kv_b.shape[0]], kv_b, self.pool.nope_dim)
+        return Latents(out[:, 0, : kv_b.shape[0]])
 
 
 def _padded_heads(query: Tensor) -> Tensor:

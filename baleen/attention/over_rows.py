@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import pad
 
-from baleen.attention.absorbed import absorb, head_values, position_slots
+from baleen.attention.absorbed import Latents, absorb, position_slots
 from baleen.attention.batch import Group
 from baleen.attention.kv_pool import KVPool, PackedLatent
 from baleen.attention.selection import Form, visible_positions
@@ -47,7 +47,7 @@ class OverRows:
     def queries(self, group: Group, q: Tensor, cos: Tensor, sin: Tensor, kv_b: Tensor) -> Tensor:
         return absorb(q, cos, sin, kv_b)
 
-    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Tensor:
+    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Latents:
         """See `backend.Attention.attend`."""
         assert selection is not None
         rows = self.pool.latent[layer]
@@ -56,7 +56,7 @@ class OverRows:
             rows = self.pool.read_latent(layer, group.context_slots(), q.dtype)
         counts = self._counts(group.lengths, selection.shape[1])
         out = self.over(q, rows, self._padded(selection), counts)
-        return head_values(out, kv_b, self.pool.nope_dim)
+        return Latents(out)
 
     def _counts(self, lengths: Tensor, most: int) -> Tensor:
         """lengths [T] int64 -> [T] int32, at most `most`. Every layer of a step asks the same."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from baleen.attention.absorbed import absorb, head_values, position_slots, rotate
+from baleen.attention.absorbed import Latents, absorb, position_slots, rotate
 from baleen.attention.batch import Group
 from baleen.attention.kv_pool import KVPool, PackedLatent
 from baleen.attention.selection import Form, selection_mask, visible_positions
@@ -39,12 +39,13 @@ class ReferenceAttention:
     def _is_dense(self, group: Group) -> bool:
         return not group.is_decode and group.max_length <= self.dense_prefill_threshold
 
-    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Tensor:
+    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Latents | Tensor:
         """See `backend.Attention.attend`."""
-        attend = self._dense if self._is_dense(group) else self._absorbed
-        return attend(layer, group, q, kv_b, selection)
+        if self._is_dense(group):
+            return self._dense(layer, group, q, kv_b, selection)
+        return self._absorbed(layer, group, q, selection)
 
-    def _absorbed(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, positions: Tensor | None) -> Tensor:
+    def _absorbed(self, layer: int, group: Group, q: Tensor, positions: Tensor | None) -> Latents:
         if positions is None:
             positions = visible_positions(group)
         slots = position_slots(group, positions)
@@ -53,7 +54,7 @@ class ReferenceAttention:
             out = sparse_mla_fp8(q, rows.values, rows.scales, rows.rope, slots, self.softmax_scale)
         else:
             out = sparse_mla(q, rows, slots, self.softmax_scale, self.pool.latent_dim)
-        return head_values(out, kv_b, self.pool.nope_dim)
+        return Latents(out)
 
     def _dense(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, positions: Tensor | None) -> Tensor:
         rows = self.pool.read_latent(layer, group.context_slots(), q.dtype)

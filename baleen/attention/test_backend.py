@@ -15,7 +15,9 @@ from baleen.attention.backend import AttentionBackend, Metadata, make_backend
 from baleen.attention.batch import ForwardBatch, group_batch
 from baleen.attention.masked import MaskedAttention
 from baleen.attention.test_models import index_keys, latents, no_norms, no_rope, small_model
+from baleen.kernels.fp8_quant import quantize_1x128
 from baleen.kernels.index_logits import plan_pages
+from baleen.kernels.testing import assert_few_flips
 
 MODEL = small_model()
 HEADS, NOPE, ROPE, VALUE, LATENT = 4, 32, 32, 32, 128
@@ -50,6 +52,11 @@ class Requests:
 
     def run(self, backend: AttentionBackend) -> tuple[Tensor, list[Tensor | None]]:
         """Store everything (the prefix as an earlier step), then select and attend for the query tokens."""
+        selected = self.select(backend)
+        return backend.attend(*selected), selected[-1]
+
+    def select(self, backend: AttentionBackend) -> tuple[int, Metadata, list[Tensor], Tensor, list[Tensor | None]]:
+        """The first part of `run`: what `attend` takes."""
         for r, length in enumerate(self.lengths):
             positions = torch.arange(length)
             batch = ForwardBatch(
@@ -66,7 +73,7 @@ class Requests:
         queries = backend.queries(metadata, self.q.clone(), *rope, self.kv_b)
         if backend.needs_scores(metadata):
             selection = backend.select(0, metadata, *backend.index_queries(self.index_q, self.gates, 1.0, *rope))
-        return backend.attend(0, metadata, queries, self.kv_b, selection), selection
+        return 0, metadata, queries, self.kv_b, selection
 
     def expected(self) -> Tensor:
         """Query by query: score every token, keep the best 32, expand their keys and values, softmax."""
@@ -117,6 +124,18 @@ def test_equals_a_plain_loop(case: str, threshold: int) -> None:
     requests = Requests(*CASES[case])
     out, _ = requests.run(make(requests, threshold=threshold))
     torch.testing.assert_close(out, requests.expected(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [0, 4096])
+@pytest.mark.parametrize("case", CASES)
+def test_quantized_rows_are_those_of_a_plain_loop(case: str, threshold: int) -> None:
+    """Whatever groups the step has, and whether their attention is in the latent space."""
+    requests = Requests(*CASES[case])
+    backend = make(requests, threshold=threshold)
+    values, scale = backend.attend_quantized(*requests.select(backend))
+    assert values.shape == (sum(requests.q_lens), HEADS * VALUE)
+    expected = quantize_1x128(requests.expected().flatten(1))
+    assert_few_flips(values, expected.values, 1e-3, scale, expected.scale)
 
 
 @pytest.mark.parametrize("kv", ["float32", "fp8_e4m3"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from baleen.attention.absorbed import absorb, head_values, position_slots
+from baleen.attention.absorbed import Latents, absorb, position_slots
 from baleen.attention.batch import Group
 from baleen.attention.kv_pool import KVPool, PackedLatent
 from baleen.attention.selection import Form, visible_positions
@@ -27,7 +27,7 @@ class TritonAttention:
     def queries(self, group: Group, q: Tensor, cos: Tensor, sin: Tensor, kv_b: Tensor) -> Tensor:
         return absorb(q, cos, sin, kv_b)
 
-    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Tensor:
+    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Latents:
         """See `backend.Attention.attend`."""
         assert selection is not None
         rows = self.pool.latent[layer]
@@ -35,4 +35,4 @@ class TritonAttention:
             out = sparse_mla_fp8(q, rows.values, rows.scales, rows.rope, selection, self.softmax_scale)
         else:
             out = sparse_mla(q, rows, selection, self.softmax_scale, self.pool.latent_dim)
-        return head_values(out, kv_b, self.pool.nope_dim)
+        return Latents(out)

@@ -1,7 +1,8 @@
 """CUDA C++ compiled at its first use: NVRTC makes a source file machine code, the driver loads and launches it.
 
-No build step and no headers: NVRTC comes with torch's CUDA packages. Importing this module where there is none, or no
-GPU, is a ModuleNotFoundError, as for any library that is missing. Imports torch only.
+No build step, and no headers but the .cuh files beside the source: NVRTC comes with torch's CUDA packages. Importing
+this module where there is none, or no GPU, is a ModuleNotFoundError, as for any library that is missing. Imports torch
+only.
 """
 
 from __future__ import annotations
@@ -16,6 +17,26 @@ from torch import Tensor
 
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, whose value is a union of 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
 
 
 def find_nvrtc() -> ctypes.CDLL:
@@ -37,13 +58,18 @@ def find_nvrtc() -> ctypes.CDLL:
 
 
 def compile_source(nvrtc: ctypes.CDLL, source: Path, architecture: str) -> bytes:
-    """Machine code of a .cu file without includes. architecture: as sm_90a.
+    """Machine code of a .cu file, which may include .cuh files of its folder. architecture: as sm_90a.
 
     Raises:  RuntimeError with the compiler's messages.
     """
     program = ctypes.c_void_p()
+    headers = sorted(source.parent.glob("*.cuh"))
+    strings = ctypes.c_char_p * len(headers)
+    texts = strings(*(header.read_bytes() for header in headers))
+    names = strings(*(header.name.encode() for header in headers))
     text, name = source.read_bytes(), source.name.encode()
-    _check_nvrtc(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, name, 0, None, None))
+    status = nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, name, len(headers), texts, names)
+    _check_nvrtc(nvrtc, status)
     options = (ctypes.c_char_p * 2)(f"--gpu-architecture={architecture}".encode(), b"--std=c++17")
     if nvrtc.nvrtcCompileProgram(program, len(options), options):
         log = _read(nvrtc, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
@@ -81,21 +107,24 @@ class Kernel:
         self._function, self._device, self._shared_bytes = function, device, shared_bytes
         _check(_DRIVER.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_SIZE, shared_bytes))
 
-    def launch(self, grid: int, block: int, *arguments: Tensor | int) -> None:
+    def launch(self, grid: int, block: int, *arguments: Tensor | int, early: bool = False) -> None:
         """Runs it on the current stream. Tensors pass as pointers, ints as 8 bytes, of which an int parameter reads
         the lower 4.
+
+        early: it starts up while the kernel before ends, and waits for that itself, as `pdl` says
         """
         values = [
             ctypes.c_void_p(argument.data_ptr()) if isinstance(argument, Tensor) else ctypes.c_longlong(argument)
             for argument in arguments
         ]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
-        launch = (self._function, grid, 1, 1, block, 1, 1, self._shared_bytes, stream, pointers, None)
-        status = _DRIVER.cuLaunchKernel(*launch)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, int(early))
+        launch = _Launch((grid, 1, 1), (block, 1, 1), self._shared_bytes, stream, ctypes.pointer(attribute), 1)
+        status = _DRIVER.cuLaunchKernelEx(ctypes.byref(launch), self._function, pointers, None)
         if status == _INVALID_CONTEXT:  # a thread that has not used the device before
             _use_device(self._device)
-            status = _DRIVER.cuLaunchKernel(*launch)
+            status = _DRIVER.cuLaunchKernelEx(ctypes.byref(launch), self._function, pointers, None)
         _check(status)
 
 
@@ -121,7 +150,7 @@ def _module(source: Path, device: int) -> ctypes.c_void_p:
 
 @cache
 def kernel(source: Path, name: str, device: int, shared_bytes: int) -> Kernel:
-    """The kernel called `name` (extern "C") of a .cu file; the first call for a device compiles the file, in a second.
+    """The kernel called `name` (extern "C") of a .cu file; the first call for a device compiles the file, in seconds.
 
     Call it before a CUDA graph is captured: loading code is not allowed there.
     """

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from baleen.attention.backend import AttentionBackend, Metadata
 from baleen.config import ModelConfig
+from baleen.kernels.bf16_gemm import bf16_gemm
 from baleen.kernels.rope import rope_table, yarn_table
-from baleen.model.layers import Embedding, Linear, Precision, RMSNorm, linear_float32
+from baleen.model.layers import Embedding, Linear, Precision, RMSNorm
 from baleen.model.mla import MlaAttention
 from baleen.model.moe import Mlp, MoE
 from baleen.model.weights import Target
@@ -97,7 +98,8 @@ class DeepseekV32ForCausalLM(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor, backend: AttentionBackend, metadata: Metadata) -> Tensor:
         """ids, positions [T] int64 -> hidden states after the final norm [T, hidden]."""
-        cos, sin = self.cos[positions], self.sin[positions]
+        with metadata.beside.start():
+            cos, sin = self.cos[positions], self.sin[positions]
         x = self.embed_tokens(ids)
         residual = torch.zeros_like(x)
         for layer in self.layers:
@@ -108,7 +110,7 @@ class DeepseekV32ForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden] -> [R, vocab] float32."""
-        return linear_float32(hidden, self.lm_head.weight)
+        return bf16_gemm(hidden, self.lm_head.weight)
 
     def drop_mtp(self) -> None:
         """The checkpoint has no MTP layer: free what was kept for it."""

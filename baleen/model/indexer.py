@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from baleen.config import ModelConfig
-from baleen.model.layers import Precision, linear_float32, weight
+from baleen.kernels.bf16_gemm import bf16_gemm
+from baleen.model.layers import Precision, weight
 from baleen.model.weights import Target
 
 KEY_NORM_EPS = 1e-6  # fixed by the model, apart from rms_norm_eps
@@ -35,7 +36,7 @@ class Indexer(nn.Module):
 
     def gates(self, x: Tensor) -> Tensor:
         """Hidden states [T, hidden] -> head weights [T, H] float32, not yet times `gate_scale`."""
-        return linear_float32(x, self.weights_proj)
+        return bf16_gemm(x, self.weights_proj)
 
     def targets(self, prefix: str) -> Iterator[Target]:
         yield Target(f"{prefix}k_norm.weight", (self.head_dim,), self.k_norm_weight.data, "plain")

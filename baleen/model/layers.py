@@ -94,15 +94,6 @@ def _given(x: Tensor | None) -> Tensor:
     return x
 
 
-def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, in], weight [out, in] of one dtype -> [T, out] float32, not rounded to that dtype in between: for what
-    chooses between near-equal experts or tokens.
-    """
-    if x.is_cuda and x.dtype == torch.bfloat16:
-        return torch.mm(x, weight.t(), out_dtype=torch.float32)
-    return linear(x.float(), weight.float())
-
-
 def block_targets(name: str, dest: Tensor, scale: Tensor) -> Iterator[Target]:
     """A weight that stays FP8, and its scales."""
     yield Target(name, tuple(dest.shape), dest, "plain")

@@ -88,8 +88,10 @@ class MlaAttention(nn.Module):
             scored_by = backend.index_queries(index_q, gates, self.indexer.gate_scale, cos, sin)
             selection = backend.select(self.layer, metadata, *scored_by)
         beside.join()
-        out = backend.attend(self.layer, metadata, queries, self.kv_b_proj, selection)
-        return self.o_proj(Activation(out.flatten(1)))
+        inputs = self.layer, metadata, queries, self.kv_b_proj, selection
+        if self.o_proj.takes_fp8:
+            return self.o_proj(Activation(None, backend.attend_quantized(*inputs)))
+        return self.o_proj(Activation(backend.attend(*inputs).flatten(1)))
 
     @property
     def key_norms(self) -> KeyNorms:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from baleen.config import ModelConfig
+from baleen.kernels.bf16_gemm import bf16_gemm
 from baleen.kernels.fp8_experts import fp8_experts
 from baleen.kernels.fp8_quant import quantize_1x128, round_1x128
 from baleen.kernels.grouped_gemm import grouped_gemm, silu_and_mul, silu_and_mul_quant
 from baleen.kernels.moe_gate import moe_gate
-from baleen.model.layers import Activation, Linear, Precision, block_targets, linear_float32, weight
+from baleen.model.layers import Activation, Linear, Precision, block_targets, weight
 from baleen.model.quant import BLOCK, scale_shape
 from baleen.model.weights import Target
 
@@ -129,7 +130,7 @@ class MoE(nn.Module):
         """[T, hidden] -> [T, hidden]."""
         assert x.plain is not None
         expert_ids, expert_weights = moe_gate(
-            linear_float32(x.plain, self.gate),
+            bf16_gemm(x.plain, self.gate),
             self.bias,
             self.n_group,
             self.topk_group,

@@ -1,8 +1,8 @@
-"""CUDA graphs of the decode step: the kernels of a whole forward, started by one call."""
+"""CUDA graphs of the decode step: the kernels of a whole forward, up to the likeliest ids, started by one call."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,10 +10,22 @@ from torch import Tensor
 from baleen.attention.backend import AttentionBackend
 from baleen.attention.beside import Beside
 from baleen.config import PAGE_SIZE
+from baleen.kernels.greedy import greedy
 from baleen.model.deepseek_v32 import DeepseekV32ForCausalLM
-from baleen.runner.inputs import RequestSlots, upload
+from baleen.runner.inputs import DecodeRows, RequestSlots
 
 WARMUPS = 2  # compile what is compiled at first use, and let the kernels make what they keep
+
+
+class Decoded(NamedTuple):
+    """What a decode step of R rows gave; overwritten by the next.
+
+    logits  [R, vocab] float32
+    greedy  [R] int64, the likeliest ids, -1 where the logits are bad; they are the slots' last ids already
+    """
+
+    logits: Tensor
+    greedy: Tensor
 
 
 class DecodeGraphs:
@@ -36,7 +48,7 @@ class DecodeGraphs:
         self._model, self._backend, self._slots = model, backend, slots
         self._sizes = padded_sizes(max_batch)
         self._contexts = padded_contexts(backend.index_topk, context_length)
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, DecodeRows, Decoded]] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._beside = Beside(torch.cuda.Stream())
 
@@ -44,38 +56,57 @@ class DecodeGraphs:
         """True if a decode step of so many rows has a graph."""
         return num_rows <= self._sizes[-1]
 
-    def logits(self, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """The decode step of these slots -> logits [R, vocab] float32, overwritten by the next call."""
+    def run(self, slots: list[int], positions: list[int]) -> Decoded:
+        """The decode step of these slots."""
         num_rows = len(slots)
         size = next(size for size in self._sizes if size >= num_rows)
         context = next(context for context in self._contexts if context > max(positions))
+        self.capture(size, context)
+        graph, rows, decoded = self._graphs[size, context]
+        rows.put(slots, positions)
+        graph.replay()
+        return Decoded(decoded.logits[:num_rows], decoded.greedy[:num_rows])
+
+    @property
+    def usual(self) -> list[tuple[int, int]]:
+        """Size and context of graphs that together use every kernel: each size at the shortest context that is scored,
+        the largest size at all contexts.
+        """
+        scored = self._contexts[min(1, len(self._contexts) - 1)]
+        shapes = [(size, scored) for size in self._sizes] + [(self._sizes[-1], context) for context in self._contexts]
+        return list(dict.fromkeys(shapes))
+
+    @torch.inference_mode()
+    def capture(self, size: int, context: int) -> None:
+        """Make the graph if it is not there."""
         if (size, context) not in self._graphs:
             self._graphs[size, context] = self._capture(size, context)
-        graph, inputs, logits = self._graphs[size, context]
-        padding = size - num_rows
-        inputs.copy_(upload([[*slots, *[self._slots.padding] * padding], [*positions, *[0] * padding]], inputs.device))
-        graph.replay()
-        return logits[:num_rows]
 
-    def _capture(self, size: int, context: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        inputs = upload([[self._slots.padding] * size, [0] * size], self._slots.device)
+    def _capture(self, size: int, context: int) -> tuple[torch.cuda.CUDAGraph, DecodeRows, Decoded]:
+        rows = DecodeRows(size, self._slots.padding, self._slots.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARMUPS):
-                self._forward(inputs, context)
+                self._forward(rows, context)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads pin memory and wait for events meanwhile, which a stricter mode would forbid them.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = self._forward(inputs, context)
-        return graph, inputs, logits
+            decoded = self._forward(rows, context)
+        return graph, rows, decoded
 
-    def _forward(self, inputs: Tensor, context: int) -> Tensor:
-        slots, positions = inputs
-        batch = self._slots.decode_batch(slots, positions, [context] * slots.shape[0])
+    def _forward(self, rows: DecodeRows, context: int) -> Decoded:
+        batch = self._slots.decode_batch(rows.slots, rows.positions, [context] * rows.slots.shape[0])
         metadata = self._backend.plan(batch, self._beside)
-        return self._model.logits(self._model(batch.ids, batch.positions, self._backend, metadata))
+        hidden = self._model(batch.ids, batch.positions, self._backend, metadata)
+        with self._beside.start():
+            rows.move_on()
+        logits = self._model.logits(hidden)
+        decoded = Decoded(logits, greedy(logits))
+        self._slots.remember(rows.slots, decoded.greedy)
+        self._beside.join()
+        return decoded
 
 
 def padded_sizes(max_batch: int) -> list[int]:

@@ -20,9 +20,36 @@ def upload(values: Sequence[Any], device: torch.device) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
+class DecodeRows:
+    """Slots and positions of a decode step, on the device, in the place that a CUDA graph reads. A step moves each
+    position on by one, so that the next step of the same rows finds its own there and uploads nothing.
+
+    slots, positions  [size] int64; rows beyond those given are padding, at position 0 for good
+    """
+
+    def __init__(self, size: int, padding: int, device: torch.device) -> None:
+        self._size, self._padding = size, padding
+        self._rows = upload([[padding] * size, [0] * size, [0] * size], device)
+        self.slots, self.positions, self._step = self._rows
+        self._there: tuple[list[int], list[int]] | None = None  # slots and positions on the device after the last step
+
+    def put(self, slots: list[int], positions: list[int]) -> None:
+        """The next step's, which calls `move_on` once."""
+        if self._there != (slots, positions):
+            missing = self._size - len(slots)
+            rows = [slots + [self._padding] * missing, positions + [0] * missing, [1] * len(slots) + [0] * missing]
+            pinned = self._rows.device.type == "cuda"
+            self._rows.copy_(torch.tensor(rows, dtype=torch.int64, pin_memory=pinned), non_blocking=True)
+        self._there = slots, [position + 1 for position in positions]
+
+    def move_on(self) -> None:
+        """The part of it on the device, in a captured step."""
+        self.positions.add_(self._step)
+
+
 class RequestSlots:
     """What the runner remembers of each running request between steps. One slot more than there can be requests,
-    `padding`, stays as it is: all its pages are page 0.
+    `padding`, has no request: all its pages are page 0.
 
     page_table  [max_running_requests + 1, max_pages] int64 page ids, in order of position; entries past
                 `num_pages[slot]` are stale: pages of earlier requests, or 0
@@ -53,6 +80,10 @@ class RequestSlots:
         if pages:
             self.page_table[slot, first:last] = upload(pages, self.device)
         self.num_pages[slot] = last
+
+    def remember(self, slots: Tensor, ids: Tensor) -> None:
+        """What was sampled in these slots, both [R] int64 on the device."""
+        self.last_ids.index_copy_(0, slots, ids)
 
     def forward_batch(self, batch: ScheduledBatch) -> ForwardBatch:
         """The tensors of a step; `update` has been called for each row."""
@@ -109,7 +140,7 @@ class RequestSlots:
         ids = upload(known, self.device)
         if sampled:
             places, slots = upload(sampled, self.device).unbind(1)
-            ids.index_copy_(0, places, self.last_ids[slots])
+            ids.index_copy_(0, places, self.last_ids[slots].clamp_min(0))
         return ids
 
 

@@ -20,7 +20,7 @@ from baleen.runner.decode_graphs import DecodeGraphs
 from baleen.runner.inputs import RequestSlots, upload
 from baleen.sampling.grammar import GrammarMasks
 from baleen.sampling.grammar_compiler import GrammarCompiler
-from baleen.sampling.sampler import Sampler
+from baleen.sampling.sampler import SampledTokens, Sampler
 
 
 class ForwardTimer:
@@ -128,9 +128,9 @@ class ModelRunner:
         self.sampler = Sampler(max_running, config.model.vocab_size, self.device, config.model.eos_token_ids)
         self.grammars = GrammarMasks(max_running, config.model.vocab_size, self.device)
         self._compiler = compiler
-        self._graphs: DecodeGraphs | None = None
+        self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and not config.scheduler.disable_cuda_graph:
-            self._graphs = DecodeGraphs(
+            self.graphs = DecodeGraphs(
                 self.model,
                 self.backend,
                 self.slots,
@@ -148,7 +148,7 @@ class ModelRunner:
         sampled = [row for row in batch.rows if row.sample]
         timer = ForwardTimer(self.device)
         timer.start()
-        logits, prompt_logprobs = self._forward(batch)
+        logits, greedy_ids, prompt_logprobs = self._forward(batch)
         timer.stop()
 
         def done() -> None:
@@ -157,19 +157,31 @@ class ModelRunner:
         if logits is None:
             return LaunchedStep(batch.step, None, (), prompt_logprobs, (), done)
         slots = [row.slot for row in sampled]
-        masked, errors = self.grammars.mask(logits, slots)
-        tokens = self.sampler.sample(masked, slots, [row.start + row.num_tokens for row in sampled], logits)
-        # -1 marks bad logits; the step in flight must still find an id
-        self.slots.last_ids.index_copy_(0, upload(slots, self.device), tokens.ids.clamp_min(0))
+        positions = [row.start + row.num_tokens for row in sampled]
+        errors: tuple[RowError, ...] = ()
+        if (
+            greedy_ids is not None
+            and self.sampler.takes_likeliest(slots, positions)
+            and not self.grammars.has_any(slots)
+        ):
+            tokens = SampledTokens(greedy_ids, None)
+        else:
+            masked, errors = self.grammars.mask(logits, slots)
+            tokens = self.sampler.sample(masked, slots, positions, logits)
+            self.slots.remember(upload(slots, self.device), tokens.ids)
         launched = LaunchedStep(batch.step, tokens.ids, tuple(tokens.logprobs or ()), prompt_logprobs, errors, done)
         self.grammars.advance(slots, launched.ids)
         return launched
 
-    def _forward(self, batch: ScheduledBatch) -> tuple[Tensor | None, tuple[tuple[TokenLogprobs, ...], ...]]:
-        """Logits [R, vocab] of the rows that sample, None without any, and prompt logprobs of those that want them."""
+    def _forward(
+        self, batch: ScheduledBatch
+    ) -> tuple[Tensor | None, Tensor | None, tuple[tuple[TokenLogprobs, ...], ...]]:
+        """Logits [R, vocab] of the rows that sample, None without any; their likeliest ids [R] if they are known and
+        remembered; and prompt logprobs of the rows that want them.
+        """
         rows = batch.rows
-        if self._graphs is not None and self._graphs.fits(len(rows)) and not any(row.token_ids for row in rows):
-            return self._graphs.logits([row.slot for row in rows], [row.start for row in rows]), ()
+        if self.graphs is not None and self.graphs.fits(len(rows)) and not any(row.token_ids for row in rows):
+            return *self.graphs.run([row.slot for row in rows], [row.start for row in rows]), ()
         inputs = self.slots.forward_batch(batch)
         metadata = self.backend.plan(inputs)
         hidden = self.model(inputs.ids, inputs.positions, self.backend, metadata)
@@ -186,10 +198,10 @@ class ModelRunner:
             if row.sample:
                 last.append(token)
         if not last:
-            return None, tuple(prompt_logprobs)
+            return None, None, tuple(prompt_logprobs)
         if len(last) < hidden.shape[0]:
             hidden = hidden[upload(last, self.device)]
-        return self.model.logits(hidden), tuple(prompt_logprobs)
+        return self.model.logits(hidden), None, tuple(prompt_logprobs)
 
     def _open(self, slot: int, opened: OpenSlot) -> None:
         self.sampler.open(slot, opened)

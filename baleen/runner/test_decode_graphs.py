@@ -7,7 +7,7 @@ import torch
 
 from baleen.messages import OpenSlot, SamplingParams, ScheduledRow
 from baleen.runner.decode_graphs import padded_contexts, padded_sizes
-from baleen.runner.inputs import RequestSlots
+from baleen.runner.inputs import DecodeRows, RequestSlots
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,29 @@ def test_padding_writes_to_page_0_and_leaves_the_others_as_they_are() -> None:
     assert padded.lengths is not None
     for lengths in padded.lengths:
         assert lengths.tolist() == [71, 1]
+
+
+def test_rows_move_on_by_themselves_and_are_uploaded_when_they_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = []
+    copy = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda *args, **more: (uploads.append(1), copy(*args, **more))[1])
+    rows = DecodeRows(4, 9, torch.device("cpu"))
+    steps = [
+        ([1, 5], [70, 3]), ([1, 5], [71, 4]), ([1, 5], [72, 5]),  # one upload
+        ([5, 1], [6, 73]),  # the same two, turned round
+        ([5, 1], [7, 74]),
+        ([5, 1], [7, 74]),  # once more
+        ([5, 1, 2, 3], [8, 75, 0, 0]),
+        ([5], [9]),
+        ([5], [10]),
+    ]  # fmt: skip
+    counts = []
+    for slots, positions in steps:
+        uploads.clear()
+        rows.put(slots, positions)
+        counts.append(len(uploads))
+        missing = 4 - len(slots)
+        assert rows.slots.tolist() == slots + [9] * missing
+        assert rows.positions.tolist() == positions + [0] * missing, "padding stays at 0"
+        rows.move_on()
+    assert counts == [1, 0, 0, 1, 0, 1, 1, 1, 0]

@@ -98,13 +98,15 @@ def _greedy(folder: Path, device: str, name: str | None) -> tuple[list[list[int]
     settings = {"dtype": "float32", "kv_cache_dtype": "float32"} if name is None else SETTINGS[name]
     runner = ModelRunner(_config(folder, device, **settings))
     recorded: list[Tensor] = []
-    sample = runner.sampler.sample
+    forward = runner._forward
 
-    def recording(logits: Tensor, *rest: Any) -> Any:
-        recorded.append(logits.float().cpu())
-        return sample(logits, *rest)
+    def recording(batch: ScheduledBatch) -> Any:
+        logits, *rest = forward(batch)
+        if logits is not None:
+            recorded.append(logits.float().cpu())
+        return logits, *rest
 
-    runner.sampler.sample = recording  # type: ignore[method-assign]
+    runner._forward = recording  # type: ignore[method-assign]
     launched = [runner.execute(step) for step in _steps()]
     outputs = [step.wait().token_ids for step in launched][1:]
     return [list(row) for row in zip(*outputs)], torch.stack(recorded, dim=1)

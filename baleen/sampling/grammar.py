@@ -47,6 +47,10 @@ class GrammarMasks:
         output = opened.history[opened.num_prompt :]
         self._work = self._thread.submit(self._advance, [(grammar, output)])
 
+    def has_any(self, slots: Sequence[int]) -> bool:
+        """True if one of these slots has a grammar."""
+        return bool(self._slots) and any(slot in self._slots for slot in slots)
+
     def mask(self, logits: Tensor, slots: Sequence[int]) -> tuple[Tensor, tuple[RowError, ...]]:
         """The logits [R, V] with -inf for what the slots' grammars forbid, and the rows whose grammar has failed.
 

@@ -112,10 +112,7 @@ class Sampler:
         positions  [R], the position in its request of the token being sampled
         Cost:      does not wait for the device, unless a row wants logprobs.
         """
-        flags = [
-            self._flags[slot] | (_HOLD if position < self._hold_until[slot] else 0)
-            for slot, position in zip(slots, positions, strict=True)
-        ]
+        flags = self._flags_at(slots, positions)
         wanted = reduce(or_, flags, 0)
         if not wanted:
             return SampledTokens(greedy(logits), None)
@@ -128,12 +125,22 @@ class Sampler:
             return SampledTokens(ids, None)
         return SampledTokens(ids, self._logprobs(logits if unmasked is None else unmasked, ids, flags, slots))
 
+    def takes_likeliest(self, slots: Sequence[int], positions: Sequence[int]) -> bool:
+        """True if `sample` would give each row nothing but the likeliest id of its logits."""
+        return not any(self._flags_at(slots, positions))
+
     def prompt_logprobs(
         self, slot: int, head: Callable[[Tensor], Tensor], hidden: Tensor, token_ids: Sequence[int]
     ) -> tuple[TokenLogprobs, ...]:
         """`logprobs.prompt_logprobs` with the number of likeliest tokens that the slot's request asked for."""
         rows = max(1, _PROMPT_ELEMENTS // self._vocab_size)
         return prompt_logprobs(head, hidden, token_ids, self._num_top[slot], rows)
+
+    def _flags_at(self, slots: Sequence[int], positions: Sequence[int]) -> list[int]:
+        return [
+            self._flags[slot] | (_HOLD if position < self._hold_until[slot] else 0)
+            for slot, position in zip(slots, positions, strict=True)
+        ]
 
     def _flags_of(self, params: SamplingParams) -> int:
         flags = _HISTORY if params.has_penalties else 0

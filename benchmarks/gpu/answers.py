@@ -77,7 +77,8 @@ def ask(settings: dict[str, Any], most: dict[str, int], done: Callable[[list[Ans
     from baleen.messages import SamplingParams
 
     answers: list[Answer] = []
-    with LLM(str(MODEL), disable_radix_cache=True, max_running_requests=64, **settings) as llm:
+    settings = {"disable_radix_cache": True, "max_running_requests": 64, "skip_server_warmup": True, **settings}
+    with LLM(str(MODEL), **settings) as llm:
         asked = chosen(problems(llm.tokenizer), most)
         for task in dict.fromkeys(problem.task for problem in asked):
             own = [problem for problem in asked if problem.task == task]

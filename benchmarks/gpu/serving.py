@@ -110,7 +110,11 @@ def server(device: str, report: Report) -> None:
     new = warm + timed + 20 * profiled  # the engine goes on while the profiler starts
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(
-            Path(folder), device, max_running_requests=size, context_length=-(-(length + new) // 64) * 64
+            Path(folder),
+            device,
+            max_running_requests=size,
+            context_length=-(-(length + new) // 64) * 64,
+            skip_server_warmup=True,
         )
         client = Client(config, sockets)
     started = time.perf_counter()

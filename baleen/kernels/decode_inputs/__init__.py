@@ -1,4 +1,4 @@
-"""What a decode step reads of the requests' slots. Imports: kernels.dispatch."""
+"""What a decode step reads of the requests' slots. Imports: kernels.{dispatch,pdl}."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _decode_inputs = Op(IMPLEMENTATIONS)
 class DecodeInputs(NamedTuple):
     """One token a request, R of them.
 
-    ids            [R] int64, the token last sampled
+    ids            [R] int64, the token last sampled; 0 where that is -1, as of bad logits: some id has to be there
     kv_slots       [R] int64, where its keys go: page * page_size + offset
     page_table     [R, P] int32
     lengths        [R] int64, position + 1

@@ -13,4 +13,6 @@ def decode_inputs(
     table = page_table[slots, :num_pages]
     pages = table.gather(1, positions[:, None] // page_size)[:, 0]
     lengths = positions + 1
-    return DecodeInputs(last_ids[slots], pages * page_size + positions % page_size, table.int(), lengths, lengths.int())
+    return DecodeInputs(
+        last_ids[slots].clamp_min(0), pages * page_size + positions % page_size, table.int(), lengths, lengths.int()
+    )

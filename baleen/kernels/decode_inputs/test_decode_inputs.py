@@ -24,7 +24,7 @@ def _loop(
     places = positions.tolist()
     kv_slots = [row[at // page_size] * page_size + at % page_size for row, at in zip(rows, places, strict=True)]
     lengths = torch.tensor([at + 1 for at in places], dtype=torch.int64)
-    ids = torch.tensor([last_ids.tolist()[slot] for slot in slots.tolist()], dtype=torch.int64)
+    ids = torch.tensor([max(last_ids.tolist()[slot], 0) for slot in slots.tolist()], dtype=torch.int64)
     table = torch.tensor(rows, dtype=torch.int32).view(len(rows), num_pages)
     return DecodeInputs(ids, torch.tensor(kv_slots, dtype=torch.int64), table, lengths, lengths.int())
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baleen.kernels import pdl
 from baleen.kernels.decode_inputs import DecodeInputs, reference
 
 _PAGES = 1024  # of a program
@@ -38,6 +39,7 @@ def decode_inputs(
             PAGE_SIZE=page_size,
             PAGES=_PAGES,
             num_warps=4,
+            **pdl.launch(slots),
         )
     return DecodeInputs(ids, kv_slots, table, lengths, short_lengths)
 
@@ -57,8 +59,10 @@ def _gather(  # type: ignore[no-untyped-def]
     num_pages,
     PAGE_SIZE: tl.constexpr,
     PAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Some pages of one row; its first program has what is one number a row, too."""
+    pdl.begin(PDL)
     row = tl.program_id(0)
     slot = tl.load(slots + row)
     pages = page_table + slot * table_stride
@@ -69,7 +73,7 @@ def _gather(  # type: ignore[no-untyped-def]
     if tl.program_id(1) == 0:
         position = tl.load(positions + row)
         page = tl.load(pages + position // PAGE_SIZE)
-        tl.store(ids + row, tl.load(last_ids + slot))
+        tl.store(ids + row, tl.maximum(tl.load(last_ids + slot), 0))
         tl.store(kv_slots + row, page * PAGE_SIZE + position % PAGE_SIZE)
         tl.store(lengths + row, position + 1)
         tl.store(short_lengths + row, (position + 1).to(tl.int32))

@@ -1,4 +1,4 @@
-"""Rows of the embedding table. Imports: kernels.dispatch."""
+"""Rows of the embedding table. Imports: kernels.{dispatch,pdl}."""
 
 from __future__ import annotations
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from baleen.kernels.fp8_experts import layout, reference, triton_kernel
 from baleen.kernels.fp8_quant import Quantized
 
+deep_gemm.set_pdl(True)  # see kernels/pdl.py: all its kernels wait before they read or write
+
 FEW_TOKENS = 16
 FEW_ROWS = 9  # of an expert on average, of at most triton_kernel.MOST_TOKENS tokens
 MOST_MASKED = layout.MASKED_TOKENS

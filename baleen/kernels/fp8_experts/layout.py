@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baleen.kernels import pdl
 from baleen.kernels.fp8_quant import Quantized
 
 MASKED_TOKENS = 128  # the largest block of the masked product's rows: no block runs into the next expert's
@@ -51,6 +52,7 @@ def masked(x: Quantized, expert_ids: Tensor, num_experts: int) -> Layout:
         STEP=min(triton.next_power_of_2(num_tokens), MASKED_TOKENS),
         BINS=triton.next_power_of_2(num_experts),
         num_warps=4,
+        **pdl.launch(expert_ids),
     )
     return layout
 
@@ -66,11 +68,19 @@ def joined(x: Quantized, expert_ids: Tensor, num_experts: int, block: int) -> La
     counts = torch.zeros(num_experts, dtype=torch.int32, device=expert_ids.device)
     before = torch.empty(chunks, num_experts, dtype=torch.int32, device=expert_ids.device)
     starts = torch.empty_like(counts)
-    padded_k = triton.next_power_of_2(top_k)
     _count[(chunks,)](
-        expert_ids, counts, before, num_tokens, num_experts, TOP_K=top_k, CHUNK=_CHUNK, PADDED_K=padded_k, BINS=bins
+        expert_ids,
+        counts,
+        before,
+        num_tokens,
+        num_experts,
+        TOP_K=top_k,
+        CHUNK=_CHUNK,
+        PADDED_K=triton.next_power_of_2(top_k),
+        BINS=bins,
+        **pdl.launch(expert_ids),
     )
-    _place[(1,)](counts, starts, layout.ends, num_experts, BLOCK=block, BINS=bins)
+    _place[(1,)](counts, starts, layout.ends, num_experts, BLOCK=block, BINS=bins, **pdl.launch(expert_ids))
     _scatter[(num_tokens, 1)](
         *_arguments(x, expert_ids, layout, starts, before),
         num_tokens,
@@ -80,6 +90,7 @@ def joined(x: Quantized, expert_ids: Tensor, num_experts: int, block: int) -> La
         STEP=_CHUNK,
         BINS=bins,
         num_warps=4,
+        **pdl.launch(expert_ids),
     )
     return layout
 
@@ -136,9 +147,11 @@ def _count(  # type: ignore[no-untyped-def]
     CHUNK: tl.constexpr,
     PADDED_K: tl.constexpr,
     BINS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One chunk: adds its rows of each expert to counts; before [chunks, E] is what counts was then."""
     chunk = tl.program_id(0)
+    pdl.begin(PDL)
     ids = _ids_of(expert_ids, chunk * CHUNK, num_tokens, CHUNK, TOP_K, PADDED_K)
     expert = tl.arange(0, BINS)
     own = tl.histogram(ids, BINS, mask=ids >= 0)
@@ -147,9 +160,12 @@ def _count(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["num_experts"])
-def _place(counts, starts, ends, num_experts, BLOCK: tl.constexpr, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _place(  # type: ignore[no-untyped-def]
+    counts, starts, ends, num_experts, BLOCK: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr
+):
     """Where each expert's rows begin and end."""
     expert = tl.arange(0, BINS)
+    pdl.begin(PDL)
     count = tl.load(counts + expert, mask=expert < num_experts, other=0)
     room = (count + BLOCK - 1) // BLOCK * BLOCK
     start = tl.cumsum(room, axis=0) - room
@@ -183,6 +199,7 @@ def _scatter(  # type: ignore[no-untyped-def]
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
     BINS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """COLUMNS pairs of one token: their rows, and x copied there. x and values in words of 4 bytes.
 
@@ -191,6 +208,7 @@ def _scatter(  # type: ignore[no-untyped-def]
     starts None: masked, and the only chunk has all tokens; programs past the last token count what each expert has.
     """
     token = tl.program_id(0)
+    pdl.begin(PDL)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, PADDED_COLUMNS)
     if token < num_tokens:
         valid = (tl.arange(0, PADDED_COLUMNS) < COLUMNS) & (column < TOP_K)

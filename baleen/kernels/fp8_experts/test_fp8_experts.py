@@ -92,6 +92,10 @@ class FakeDeepGemm(ModuleType):
     def get_mk_alignment_for_contiguous_layout() -> int:
         return BLOCK
 
+    @staticmethod
+    def set_pdl(enabled: bool) -> None:
+        """Of the launch alone."""
+
     def fp8_m_grouped_gemm_nt_masked(self, a: Any, b: Any, out: Tensor, counts: Tensor, expected: int) -> None:
         self.calls.append("masked")
         num_experts, room, width = a[0].shape

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baleen.kernels import pdl
 from baleen.kernels.fp8_experts import reference
 from baleen.kernels.fp8_quant import Quantized
 from baleen.kernels.fp8_quant.triton_kernel import quantize_blocks, tile_of
@@ -93,6 +94,7 @@ def columns_of(expert_ids: Tensor, num_experts: int) -> Tensor:
         COLUMN=_COLUMN,
         STRIDE=_PLAN,
         num_warps=4,
+        **pdl.launch(expert_ids),
     )
     return plan
 
@@ -131,6 +133,7 @@ def _multiply(
         STRIDE=_PLAN,
         PADDED_K=triton.next_power_of_2(top_k),
         **_OPTIONS,
+        **pdl.launch(expert_ids),
     )
 
 
@@ -153,6 +156,7 @@ def activate(gated: Tensor, rows: Tensor | None, num_pairs: int, values: Tensor,
         WIDTH=width,
         BLOCKS=blocks,
         num_warps=num_warps,
+        **pdl.launch(gated),
     )
 
 
@@ -162,20 +166,35 @@ def weighted_sum(products: Tensor, rows: Tensor | None, expert_weights: Tensor, 
     hidden = products.shape[1]
     out = torch.empty(num_tokens, hidden, dtype=dtype, device=products.device)
     columns, num_warps = (256, 1) if num_tokens <= 64 else (1024, 4)
-    grid = (num_tokens, triton.cdiv(hidden, columns))
-    _weighted_sum[grid](
-        products, rows, expert_weights, out, HIDDEN=hidden, TOP_K=top_k, COLUMNS=columns, num_warps=num_warps
+    _weighted_sum[(num_tokens, triton.cdiv(hidden, columns))](
+        products,
+        rows,
+        expert_weights,
+        out,
+        HIDDEN=hidden,
+        TOP_K=top_k,
+        COLUMNS=columns,
+        num_warps=num_warps,
+        **pdl.launch(products),
     )
     return out
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_experts"])
 def _plan(  # type: ignore[no-untyped-def]
-    expert_ids, plan, num_pairs, num_experts, PAIRS: tl.constexpr, COLUMN: tl.constexpr, STRIDE: tl.constexpr
+    expert_ids,
+    plan,
+    num_pairs,
+    num_experts,
+    PAIRS: tl.constexpr,
+    COLUMN: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The columns of one expert."""
     expert = tl.program_id(0)
     pair = tl.arange(0, PAIRS)
+    pdl.begin(PDL)
     ids = tl.load(expert_ids + pair, mask=pair < num_pairs, other=num_experts).to(tl.int32)
     own = (ids == expert).to(tl.int32)
     rank = tl.cumsum(own, axis=0) - 1
@@ -213,6 +232,7 @@ def _products(  # type: ignore[no-untyped-def]
     TOKENS: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDED_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """ROWS rows of the weight of one expert, for a column of the plan; without a plan for all pairs of the expert of
     pair program_id(1), if no pair before is one of them.
@@ -222,6 +242,7 @@ def _products(  # type: ignore[no-untyped-def]
     NO_PAIR: tl.constexpr = 0x7FFFFFFF
     BLOCKS: tl.constexpr = DIM // 128
     this = tl.program_id(1)
+    pdl.begin(PDL)
     if plan is None:
         expert = tl.load(expert_ids + this)
         token, column = tl.arange(0, TOKENS), tl.arange(0, PADDED_K)
@@ -262,11 +283,20 @@ def _products(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["column_stride"])
 def _activate(  # type: ignore[no-untyped-def]
-    gated, rows, values, scale, column_stride, ROOM: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr
+    gated,
+    rows,
+    values,
+    scale,
+    column_stride,
+    ROOM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """BLOCKS runs of 128 of one pair's row. ROOM: rows whose scales lie together; 0 for all of them."""
     BLOCKS_OF_ROW: tl.constexpr = WIDTH // 128
     row = tl.program_id(0).to(tl.int64)
+    pdl.begin(PDL)
     if rows is not None:
         row = tl.load(rows + row).to(tl.int64)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
@@ -286,12 +316,20 @@ def _activate(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _weighted_sum(  # type: ignore[no-untyped-def]
-    products, rows, expert_weights, out, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, COLUMNS: tl.constexpr
+    products,
+    rows,
+    expert_weights,
+    out,
+    HIDDEN: tl.constexpr,
+    TOP_K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """COLUMNS columns of one token."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), dtype=tl.float32)
+    pdl.begin(PDL)
     for k in tl.static_range(TOP_K):
         row = token * TOP_K + k
         weight = tl.load(expert_weights + row)

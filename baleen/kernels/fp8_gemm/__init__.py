@@ -1,4 +1,4 @@
-"""Linear layers of FP8 checkpoints: activations 1x128, weights 128x128. Imports: kernels.{dispatch,fp8_quant}."""
+"""Linear layers of FP8 checkpoints: activations 1x128, weights 128x128. Imports: kernels.{dispatch,fp8_quant,pdl}."""
 
 from __future__ import annotations
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from baleen.kernels.fp8_gemm import reference
 from baleen.kernels.fp8_quant import Quantized
 
+deep_gemm.set_pdl(True)  # see kernels/pdl.py: all its kernels wait before they read or write
+
 
 def takes(num_tokens: int, num_rows: int, num_cols: int) -> bool:
     """True for the shapes it multiplies, of x [num_tokens, num_cols] and weight [num_rows, num_cols]."""

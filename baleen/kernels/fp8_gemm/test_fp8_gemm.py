@@ -109,7 +109,7 @@ def test_parts_of_k_and_tiles_of_any_size_in_triton(m: int, n: int, k: int, conf
 
 def test_counters_are_taken_in_turn() -> None:
     triton_kernel = pytest.importorskip("baleen.kernels.fp8_gemm.triton_kernel", reason="needs the package triton")
-    counters = triton_kernel._Counters(torch.device("cpu"))
+    counters = triton_kernel.Counters(torch.device("cpu"))
     counts = [300, 576, 1] * 200
     starts = [counters.take(count).storage_offset() for count in counts]
     for (start, after), count in zip(pairwise(starts), counts):

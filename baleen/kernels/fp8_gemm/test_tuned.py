@@ -24,6 +24,9 @@ from baleen.kernels.testing import Case, assert_close
 class FakeDeepGemm(ModuleType):
     """What DeepGEMM documents of its product, on a CPU; scales that it would have to transpose are an error."""
 
+    def set_pdl(self, enabled: bool) -> None:
+        """Of the launch alone."""
+
     def fp8_gemm_nt(self, a: Any, b: Any, out: Tensor) -> None:
         values, scale = a
         assert scale.stride() == (1, -(-values.shape[0] // 4) * 4)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from baleen.kernels import pdl
 from baleen.kernels.fp8_gemm import reference
 from baleen.kernels.fp8_quant import Quantized
 
@@ -40,7 +41,7 @@ class Config(NamedTuple):
     pdl: bool = False
 
 
-class _Counters:
+class Counters:
     """Zeros that the kernel leaves as zeros. Calls take them in turn, so that products which run at the same time, on
     two streams, have different ones.
     """
@@ -57,7 +58,7 @@ class _Counters:
         return self.zeros[start:]
 
 
-_counters: dict[torch.device, _Counters] = {}
+_counters: dict[torch.device, Counters] = {}
 
 
 def takes(num_tokens: int, num_rows: int, num_cols: int) -> bool:
@@ -75,15 +76,19 @@ def fp8_gemm(
     out = torch.empty(num_tokens, num_rows, dtype=dtype, device=x.values.device)
     if not out.numel():
         return out
-    block_m, block_n, splits, stages, warps, pdl = config or default_config(num_tokens, num_rows, num_cols)
+    block_m, block_n, splits, stages, warps, early = config or default_config(num_tokens, num_rows, num_cols)
     tiles, token_tiles = triton.cdiv(num_rows, block_n), triton.cdiv(num_tokens, block_m)
     shared = _counters.get(out.device)
     if shared is None:
-        shared = _counters[out.device] = _Counters(out.device)
+        shared = _counters[out.device] = Counters(out.device)
     counters, partial = shared.zeros, shared.no_partial
+    options = pdl.launch(out, early)
     if splits > 1:
         counters = shared.take(tiles * token_tiles)
         partial = torch.empty(splits, num_tokens, num_rows, dtype=torch.float32, device=out.device)
+        if warps == 4:
+            # Else the compiler saves registers, and the last program's loads of partial sums wait for each other.
+            options["maxnreg"] = 168
     values = block_m * block_n // (32 * warps)  # of a tile, in each thread
     _split_k[(token_tiles, tiles, splits)](
         TensorDescriptor(x.values, [num_tokens, num_cols], [x.values.stride(0), 1], [block_m, BLOCK]),
@@ -103,9 +108,9 @@ def fp8_gemm(
         BLOCK_N=block_n,
         STAGES=stages,
         UNROLL=8 if values <= 16 else max(64 // values, 1),
-        PDL=pdl,
+        EARLY=early,
         num_warps=warps,
-        **({"launch_pdl": True} if pdl else {}),
+        **options,
     )
     return out
 
@@ -115,7 +120,7 @@ def _fits(x: Quantized, weight: Tensor, weight_scale_inv: Tensor) -> bool:
     num_rows, num_cols = weight.shape
     values = x.values
     return (
-        (triton.knobs.runtime.interpret or (values.is_cuda and _has_bulk_copies(values.get_device())))
+        (triton.knobs.runtime.interpret or (values.is_cuda and has_bulk_copies(values.get_device())))
         and values.dim() == 2
         and values.stride(1) == 1
         and values.stride(0) % 16 == 0
@@ -129,7 +134,8 @@ def _fits(x: Quantized, weight: Tensor, weight_scale_inv: Tensor) -> bool:
 _capabilities: dict[int, bool] = {}
 
 
-def _has_bulk_copies(device: int) -> bool:
+def has_bulk_copies(device: int) -> bool:
+    """True for a device, by its number, that copies tiles by descriptor: Hopper and newer."""
     if device not in _capabilities:
         _capabilities[device] = torch.cuda.get_device_capability(device)[0] >= 9
     return _capabilities[device]
@@ -168,6 +174,7 @@ def _split_k(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One tile [BLOCK_N, BLOCK_M] of the transposed result over one of the parts of K. Grid: tokens, rows, parts.
@@ -181,9 +188,9 @@ def _split_k(  # type: ignore[no-untyped-def]
     first_m, first_n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     begin, end = split * num_blocks // num_splits, (split + 1) * num_blocks // num_splits
     m, n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
-    if PDL:
+    if EARLY:
         _prefetch(weight_pointer, n, num_rows, num_blocks, begin, end, STAGES)
-        tl.extra.cuda.gdc_wait()
+    pdl.begin(PDL)
     token_scale = x_scale + m * scale_row
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for block in tl.range(begin, end, num_stages=STAGES):

@@ -1,4 +1,4 @@
-"""FP8 (e4m3) with power-of-two scales: 1x128 for activations, 128x128 for weights. Imports: kernels.dispatch.
+"""FP8 (e4m3) with power-of-two scales: 1x128 for activations, 128x128 for weights. Imports: kernels.{dispatch,pdl}.
 
 The scale of a block is s = 2^ceil(log2(max(amax, 1e-4) / 448)), its values are e4m3(x / s). The division by s is
 exact, so the only error is the rounding to e4m3: at most 2^-4 of the value, and below s * 2^-6 at most s * 2^-10.

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baleen.kernels import pdl
 from baleen.kernels.fp8_quant import Quantized, empty_scale, reference
 from baleen.kernels.fp8_quant.reference import BLOCK
 
@@ -61,6 +62,7 @@ def quantize_1x128(x: Tensor) -> Quantized:
         DIM=dim,
         BLOCKS=blocks,
         num_warps=num_warps,
+        **pdl.launch(rows),
     )
     return out
 
@@ -103,10 +105,11 @@ def store_quantized(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["num_blocks", "scale_stride"])
 def _quantize(  # type: ignore[no-untyped-def]
-    x, values, scale, num_blocks, x_stride, scale_stride, DIM: tl.constexpr, BLOCKS: tl.constexpr
+    x, values, scale, num_blocks, x_stride, scale_stride, DIM: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr
 ):
     """BLOCKS runs of 128, in the order of the rows. x [T, DIM] of stride x_stride, values [T, DIM] contiguous."""
     row, block, columns = block_columns(tl.program_id(0) * BLOCKS, num_blocks, DIM, BLOCKS)
+    pdl.begin(PDL)
     run = tl.load(x + row[:, None] * x_stride + columns, mask=columns < DIM, other=0.0).to(tl.float32)
     store_quantized(run, values + row[:, None] * DIM, scale + row, block, columns, scale_stride, DIM)
 

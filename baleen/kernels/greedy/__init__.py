@@ -1,4 +1,4 @@
-"""The likeliest token of each row of logits. Imports: kernels.dispatch."""
+"""The likeliest token of each row of logits. Imports: kernels.{dispatch,pdl}."""
 
 from __future__ import annotations
 

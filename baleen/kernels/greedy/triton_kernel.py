@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baleen.kernels import pdl
 from baleen.kernels.greedy import reference
 
 # Few rows: chunks so small that every multiprocessor has several. Many: less to combine.
@@ -28,16 +29,18 @@ def greedy(logits: Tensor) -> Tensor:
         count = triton.cdiv(width, options["CHUNK"])
         largest = torch.empty(num_rows, count, dtype=torch.float32, device=logits.device)
         places = torch.empty(num_rows, count, dtype=torch.int32, device=logits.device)
-        _chunk_maxima[(count, num_rows)](logits, largest, places, logits.stride(0), width, **options)
-        _combine[(num_rows,)](largest, places, out, count, COUNT=triton.next_power_of_2(count), num_warps=1)
+        early = pdl.launch(logits)
+        _chunk_maxima[(count, num_rows)](logits, largest, places, logits.stride(0), width, **options, **early)
+        _combine[(num_rows,)](largest, places, out, count, COUNT=triton.next_power_of_2(count), num_warps=1, **early)
     return out
 
 
 @triton.jit
 def _chunk_maxima(  # type: ignore[no-untyped-def]
-    logits, largest, places, stride, width, CHUNK: tl.constexpr
+    logits, largest, places, stride, width, CHUNK: tl.constexpr, PDL: tl.constexpr
 ):
     """The largest value of one chunk of one row, and its lowest column."""
+    pdl.begin(PDL)
     chunk, row = tl.program_id(0), tl.program_id(1)
     columns = chunk * CHUNK + tl.arange(0, CHUNK)
     values = tl.load(logits + row.to(tl.int64) * stride + columns, mask=columns < width, other=-float("inf"))
@@ -50,8 +53,11 @@ def _chunk_maxima(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _combine(largest, places, out, count, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _combine(  # type: ignore[no-untyped-def]
+    largest, places, out, count, COUNT: tl.constexpr, PDL: tl.constexpr
+):
     """The best chunk of one row: of equals the lowest column."""
+    pdl.begin(PDL)
     row = tl.program_id(0)
     chunks = tl.arange(0, COUNT)
     values = tl.load(largest + row * count + chunks, mask=chunks < count, other=-float("inf"))

@@ -1,6 +1,6 @@
 """The experts' products: one weight per run of rows, and SwiGLU between them.
 
-Imports: kernels.{dispatch,fp8_quant}.
+Imports: kernels.{dispatch,fp8_quant,pdl}.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baleen.kernels import pdl
 from baleen.kernels.fp8_quant import Quantized
 from baleen.kernels.fp8_quant.reference import BLOCK
 from baleen.kernels.fp8_quant.triton_kernel import (
@@ -52,17 +53,19 @@ def _launch(x: Tensor, out: Tensor, scale: Tensor | None) -> None:
         DIM=dim,
         BLOCKS=blocks,
         num_warps=num_warps,
+        **pdl.launch(rows),
     )
 
 
 @triton.jit(do_not_specialize=["num_blocks", "scale_stride"])
 def _silu_and_mul(  # type: ignore[no-untyped-def]
-    x, out, scale, num_blocks, x_stride, scale_stride, DIM: tl.constexpr, BLOCKS: tl.constexpr
+    x, out, scale, num_blocks, x_stride, scale_stride, DIM: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr
 ):
     """BLOCKS runs of 128 of the result, in the order of the rows. x [T, 2 * DIM] of stride x_stride, out [T, DIM]
     contiguous: e4m3 with scale, x's dtype where that is None."""
     row, block, columns = block_columns(tl.program_id(0) * BLOCKS, num_blocks, DIM, BLOCKS)
     source, inside = x + row[:, None] * x_stride + columns, columns < DIM
+    pdl.begin(PDL)
     gate = tl.load(source, mask=inside, other=0.0)
     up = tl.load(source + DIM, mask=inside, other=0.0).to(tl.float32)
     gate = gate.to(tl.float32)

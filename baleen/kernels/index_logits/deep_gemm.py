@@ -10,6 +10,8 @@ from torch import Tensor
 
 from baleen.kernels.index_logits import PagePlan, reference
 
+deep_gemm.set_pdl(True)  # see kernels/pdl.py: all its kernels wait before they read or write
+
 
 def index_logits(
     q: Tensor, weights: Tensor, keys: Tensor, key_scales: Tensor | None, lengths: Tensor | None = None

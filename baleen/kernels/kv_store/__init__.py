@@ -1,4 +1,4 @@
-"""Writes of a step into the paged caches, and reads back of the FP8 layouts. Imports: kernels.{dispatch,fp8_quant}.
+"""Writes of a step into the paged caches, and reads back of the FP8 layouts. Imports: kernels.{dispatch,fp8_quant,pdl}.
 
 The callers own the memory and pass views of it; the byte offsets are theirs. A slot is page * 64 + offset, never
 below 0: padding has a page of its own. Slots of one call must differ, else which of the rows stays is open.

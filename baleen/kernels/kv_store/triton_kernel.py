@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baleen.kernels import pdl
 from baleen.kernels.kv_store import reference
 
 _ROWS = {"ROWS": 8, "num_warps": 4}
@@ -47,6 +48,7 @@ def gather_index_fp8(keys: Tensor, scales: Tensor, page_table: Tensor) -> tuple[
             KEYS_BYTES=page_size * dim,
             BYTES=_PAGE_BYTES,
             num_warps=4,
+            **pdl.launch(keys),
         )
     return out.view(torch.float8_e4m3fn), out_scales
 
@@ -69,6 +71,7 @@ def _gather(values: Tensor, scales: Tensor, rope: Tensor, slots: Tensor, dtype: 
             ROPE_DIM=rope_dim,
             BLOCK=min(dim, _BLOCK),
             **_ROWS,
+            **pdl.launch(values),
         )
     return out
 
@@ -99,8 +102,10 @@ def _gather_rows(  # type: ignore[no-untyped-def]
     ROPE_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """ROWS cache rows into out [N, DIM + ROPE_DIM]; rows past the end read slot 0 and write nothing."""
+    pdl.begin(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (row < num_rows)[:, None]
     slot = tl.load(slots + row, mask=row < num_rows, other=0).to(tl.int64)[:, None]
@@ -126,8 +131,10 @@ def _gather_pages(  # type: ignore[no-untyped-def]
     PAGE: tl.constexpr,
     KEYS_BYTES: tl.constexpr,
     BYTES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Some bytes of one page; its first program copies the scales too."""
+    pdl.begin(PDL)
     index = tl.program_id(0).to(tl.int64)
     page = tl.load(page_table + index).to(tl.int64)
     part = tl.program_id(1) * BYTES + tl.arange(0, BYTES)

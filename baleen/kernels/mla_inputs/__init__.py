@@ -1,6 +1,6 @@
 """What MLA does between its projections and the attention, each in one pass: keys into the caches, queries ready.
 
-Imports: kernels.{dispatch,fp8_quant,hadamard,kv_store,rms_norm,rope}.
+Imports: kernels.{dispatch,fp8_quant,hadamard,kv_store,pdl,rms_norm,rope}.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from baleen.kernels.kv_store.reference import store_index_fp8, store_latent_fp8,
 from baleen.kernels.rms_norm.reference import rms_norm
 from baleen.kernels.rope.reference import rope_half, rope_interleaved
 
-# Of what lies between two of an index query's operations, for a chunk of tokens: more takes as long in page faults as in
-# arithmetic.
+# Of what lies between two of an index query's operations, for a chunk of tokens: more takes as long in page faults as
+# in arithmetic.
 SCRATCH_BYTES = 2 << 20
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baleen.kernels import pdl
 from baleen.kernels.fp8_quant.triton_kernel import quantize_blocks
 from baleen.kernels.mla_inputs import reference
 
@@ -83,9 +84,8 @@ def store_keys(
         PAGE=keys.shape[1] if index_fp8 else 1,
         DIM=dim,
         PART=rope_dim // 2,
-        LATENT_FP8=latent_fp8,
-        INDEX_FP8=index_fp8,
         **tile,
+        **pdl.launch(latent),
     )
 
 
@@ -115,6 +115,7 @@ def index_queries(q: Tensor, gates: Tensor, gate_scale: float, cos: Tensor, sin:
             HEADS=heads,
             PART=part,
             num_warps=_QUERIES["num_warps"],
+            **pdl.launch(q),
         )
     return values, weights
 
@@ -140,6 +141,7 @@ def rope_queries(q: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
             PART=dim // 2,
             # No thread without elements of its own: it could read what another has turned already.
             num_warps=min(_ROPE["num_warps"], heads * dim // 256),
+            **pdl.launch(q),
         )
 
 
@@ -197,9 +199,8 @@ def _store_keys(  # type: ignore[no-untyped-def]
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
     PART: tl.constexpr,
-    LATENT_FP8: tl.constexpr,
-    INDEX_FP8: tl.constexpr,
     TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The first programs: the index keys of _KEYS tokens each. The others: the latent rows of TOKENS."""
     program = tl.program_id(0)
@@ -221,7 +222,7 @@ def _store_keys(  # type: ignore[no-untyped-def]
             PAGE_SCALES_STRIDE,
             PAGE,
             PART,
-            INDEX_FP8,
+            PDL,
         )
     else:
         _store_latent(
@@ -244,8 +245,8 @@ def _store_keys(  # type: ignore[no-untyped-def]
             ROPE_STRIDE,
             DIM,
             PART,
-            LATENT_FP8,
             TOKENS,
+            PDL,
         )
 
 
@@ -267,15 +268,18 @@ def _store_index(  # type: ignore[no-untyped-def]
     SCALES_STRIDE: tl.constexpr,
     PAGE: tl.constexpr,
     PART: tl.constexpr,
-    FP8: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    every_row = tl.zeros((1, 1), tl.int32)
+    gains, biases = _load_parts(weight + every_row, PART), _load_parts(bias + every_row, PART)
+    pdl.begin(PDL)
     token, slot, inside = _tokens(slots, begin, num_tokens, _KEYS)
     c, s = _angles(cos, sin, token, PART)
-    p0, p1, p2, p3 = _normed_key(index_k + token[:, None] * INDEX_STRIDE, weight, bias, eps, PART)
+    p0, p1, p2, p3 = _normed_key(_load_parts(index_k + token[:, None] * INDEX_STRIDE, PART), gains, biases, eps, PART)
     p0, p1 = _turn_halves(p0, p1, c, s)
     page, offset = slot // PAGE, slot % PAGE
     target = keys + (page * PAGE_STRIDE + offset * (4 * PART))[:, None] + tl.arange(0, 4 * PART)[None, :]
-    if FP8:
+    if keys.dtype.element_ty == tl.float8e4nv:
         quantized, scale = _quantize_transform(p0, p1, p2, p3, _KEYS, PART)
         tl.store(target, quantized, mask=inside[:, None])
         tl.store(scales + page * SCALES_STRIDE + offset, scale, mask=inside)
@@ -305,23 +309,24 @@ def _store_latent(  # type: ignore[no-untyped-def]
     ROPE_STRIDE: tl.constexpr,
     DIM: tl.constexpr,
     PART: tl.constexpr,
-    FP8: tl.constexpr,
     TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    token, slot, inside = _tokens(slots, begin, num_tokens, TOKENS)
     dims, pairs = tl.arange(0, DIM), tl.arange(0, 2 * PART)[None, :]
+    gain = tl.load(weight + dims)
+    pdl.begin(PDL)
+    token, slot, inside = _tokens(slots, begin, num_tokens, TOKENS)
     # All loads before the first store, which they could not pass.
     x = tl.load(latent + token[:, None] * LATENT_STRIDE + dims[None, :])
     pe = tl.load(k_pe + token[:, None] * K_PE_STRIDE + pairs)
-    gain = tl.load(weight + dims).to(tl.float32)
     c, s = _angles(cos, sin, token, PART)
     pe = _turn_pairs(pe, c, s, TOKENS, PART).to(rope.dtype.element_ty)
     tl.store(rope + slot[:, None] * ROPE_STRIDE + pairs, pe, mask=inside[:, None])
     wide = x.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(wide * wide, axis=1) / DIM + eps)
-    normed = (wide * inverse[:, None] * gain[None, :]).to(x.dtype)
+    normed = (wide * inverse[:, None] * gain.to(tl.float32)[None, :]).to(x.dtype)
     target = rows + slot[:, None] * ROWS_STRIDE + dims[None, :]
-    if FP8:
+    if rows.dtype.element_ty == tl.float8e4nv:
         quantized, scale = quantize_blocks(tl.reshape(normed.to(tl.float32), (TOKENS * DIM // 128, 128)))
         tl.store(target, tl.reshape(quantized, (TOKENS, DIM)), mask=inside[:, None])
         blocks = slot[:, None] * SCALES_STRIDE + tl.arange(0, DIM // 128)[None, :]
@@ -360,8 +365,10 @@ def _index_queries(  # type: ignore[no-untyped-def]
     NUM_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     PART: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """HEADS heads of one token."""
+    pdl.begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     heads, part, dims = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, PART), tl.arange(0, 4 * PART)
     source = q + token * token_stride + heads[:, None] * head_stride + part[None, :]
@@ -389,8 +396,10 @@ def _rope_queries(  # type: ignore[no-untyped-def]
     NUM_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     PART: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """HEADS heads of one token."""
+    pdl.begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     heads, part = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None], tl.arange(0, PART)
     dims, inside = tl.arange(0, 2 * PART)[None, :], heads < NUM_HEADS
@@ -415,12 +424,12 @@ def _turn_halves(first, second, c, s):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _normed_key(rows, weight, bias, eps, PART: tl.constexpr):  # type: ignore[no-untyped-def]
-    """LayerNorm of the rows [ROWS, 1] of pointers: four parts [ROWS, PART] of the rows' dtype."""
-    dtype: tl.constexpr = rows.dtype.element_ty
-    p0, p1, p2, p3 = _load_parts(rows, PART)
-    w0, w1, w2, w3 = _load_parts(weight + tl.zeros((1, 1), tl.int32), PART)
-    b0, b1, b2, b3 = _load_parts(bias + tl.zeros((1, 1), tl.int32), PART)
+def _normed_key(parts, gains, biases, eps, PART: tl.constexpr):  # type: ignore[no-untyped-def]
+    """LayerNorm of four parts [ROWS, PART] of rows, in their dtype; gains and biases are parts of one row."""
+    dtype: tl.constexpr = parts[0].dtype
+    p0, p1, p2, p3 = _widened(parts)
+    w0, w1, w2, w3 = _widened(gains)
+    b0, b1, b2, b3 = _widened(biases)
     mean = (tl.sum(p0 + p1 + p2 + p3, axis=1) / (4 * PART))[:, None]
     p0, p1, p2, p3 = p0 - mean, p1 - mean, p2 - mean, p3 - mean
     variance = tl.sum(p0 * p0 + p1 * p1 + p2 * p2 + p3 * p3, axis=1) / (4 * PART)
@@ -432,11 +441,14 @@ def _normed_key(rows, weight, bias, eps, PART: tl.constexpr):  # type: ignore[no
 
 @triton.jit
 def _load_parts(rows, PART: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Four parts [ROWS, PART] float32 of the rows [ROWS, 1] of pointers."""
+    """Four parts [ROWS, PART] of the rows [ROWS, 1] of pointers."""
     rows += tl.arange(0, PART)[None, :]
-    p0, p1 = tl.load(rows).to(tl.float32), tl.load(rows + PART).to(tl.float32)
-    p2, p3 = tl.load(rows + 2 * PART).to(tl.float32), tl.load(rows + 3 * PART).to(tl.float32)
-    return p0, p1, p2, p3
+    return tl.load(rows), tl.load(rows + PART), tl.load(rows + 2 * PART), tl.load(rows + 3 * PART)
+
+
+@triton.jit
+def _widened(parts):  # type: ignore[no-untyped-def]
+    return parts[0].to(tl.float32), parts[1].to(tl.float32), parts[2].to(tl.float32), parts[3].to(tl.float32)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The router: which experts a token goes to, with which weights. Imports: kernels.dispatch."""
+"""The router: which experts a token goes to, with which weights. Imports: kernels.{dispatch,pdl}."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baleen.kernels import pdl
 from baleen.kernels.moe_gate import reference
 
 _MOST_EXPERTS = 1024  # of a warp's registers
@@ -48,6 +49,7 @@ def moe_gate(
         PADDED_SIZE=triton.next_power_of_2(num_experts // n_group),
         PADDED_COLUMNS=triton.next_power_of_2(columns),
         num_warps=1,
+        **pdl.launch(logits),
     )
     return expert_ids, weights
 
@@ -90,6 +92,7 @@ def _route(  # type: ignore[no-untyped-def]
     PADDED_GROUPS: tl.constexpr,
     PADDED_SIZE: tl.constexpr,
     PADDED_COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One token. Tiles are [groups, experts of a group]; what pads them is below every score."""
     LEAST: tl.constexpr = -0x8000000000000000
@@ -98,8 +101,10 @@ def _route(  # type: ignore[no-untyped-def]
     group, member = tl.arange(0, PADDED_GROUPS), tl.arange(0, PADDED_SIZE)
     expert = group[:, None] * SIZE + member[None, :]
     inside = (group < GROUPS)[:, None] & (member < SIZE)[None, :]
+    added = tl.load(bias + expert, mask=inside, other=0.0)
+    pdl.begin(PDL)
     probability = 1.0 / (1.0 + tl.exp(-tl.load(logits + expert, mask=inside, other=0.0)))
-    score = probability + tl.load(bias + expert, mask=inside, other=0.0)
+    score = probability + added
     ordered = tl.where(inside, _ordered(score, expert), LEAST)
     if KEPT < GROUPS:
         best = tl.max(ordered, axis=1)

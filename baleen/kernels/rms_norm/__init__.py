@@ -1,6 +1,6 @@
 """RMSNorm, alone and after the residual addition, its result as it is or quantised to FP8 for the next GEMM.
 
-Imports: kernels.{dispatch,fp8_quant}.
+Imports: kernels.{dispatch,fp8_quant,pdl}.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baleen.kernels import pdl
 from baleen.kernels.fp8_quant import Quantized
 from baleen.kernels.fp8_quant.reference import BLOCK
 from baleen.kernels.fp8_quant.triton_kernel import can_run, column_stride, empty_quantized, rows_of, store_quantized
@@ -86,6 +87,7 @@ def _launch(
         column_stride(num_rows),
         DIM=dim,
         **tile_of(num_rows, dim),
+        **pdl.launch(rows),
     )
 
 
@@ -111,6 +113,7 @@ def _norm(  # type: ignore[no-untyped-def]
     scale_stride,
     DIM: tl.constexpr,
     BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Row program_id(0), as [BLOCKS, 128]. x and residual of those row strides, outputs contiguous; the pointers of
     residual and of each output may be None."""
@@ -118,17 +121,17 @@ def _norm(  # type: ignore[no-untyped-def]
     block = tl.arange(0, BLOCKS)
     columns = block[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = columns < DIM
-    # All loads stand before the first use, the weight's too.
+    # All loads stand before the first use; that of the weight, which comes from further away, is the first.
+    factor = tl.load(weight + columns, mask=inside, other=0.0)
+    pdl.begin(PDL)
     run = tl.load(x + row * x_stride + columns, mask=inside, other=0.0)
     if residual is not None:
         before = tl.load(residual + row * residual_stride + columns, mask=inside, other=0.0)
-    factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    if residual is not None:
         run = (before.to(tl.float32) + run.to(tl.float32)).to(run.dtype)
         tl.store(total + row * DIM + columns, run, mask=inside)
     run = run.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(run * run) / DIM + eps)
-    out = (run * inverse * factor).to(x.dtype.element_ty)
+    out = (run * inverse * factor.to(tl.float32)).to(x.dtype.element_ty)
     if normed is not None:
         tl.store(normed + row * DIM + columns, out, mask=inside)
     if values is not None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from baleen.kernels import cuda
+from baleen.kernels import cuda, pdl
 from baleen.kernels.topk import capturable
 
 MAX_K = 2048
@@ -18,7 +18,7 @@ _POSITIONS, _SLOTS, _MASK = range(3)
 
 
 class Layout(NamedTuple):
-    """A kernel of topk.cu. blocks: those that share a row; shared_bytes: the map and the buffer of long rows."""
+    """A kernel of topk.cu. blocks: those that share a row; shared_bytes: the buffer of long rows, their map or ring."""
 
     name: str
     threads: int
@@ -28,7 +28,8 @@ class Layout(NamedTuple):
 
 HELD = 16  # scores a thread holds of a short row
 SHORT = {threads: Layout(f"topk_short_{threads}", threads, 1, 0) for threads in (256, 512, 1024)}
-LONG = {blocks: Layout(f"topk_by_{blocks}", 512, blocks, 512 * 32 + 8192 * 8) for blocks in (8, 4, 2, 1)}
+LONG = Layout("topk_by_1", 512, 1, 512 * 32 + 8192 * 8)
+RING = {blocks: Layout(f"topk_ring_{blocks}", 512, blocks, 4 * 512 * 64 + 8192 * 8) for blocks in (8, 4, 2, 1)}
 
 
 def topk(logits: Tensor, lengths: Tensor, k: int) -> Tensor:
@@ -101,31 +102,35 @@ def _launch(
         num_queries,
         page_size.bit_length() - 1,
         int(page_table is not None and page_table.dtype == torch.int64),
+        early=pdl.ENABLED,
     )
 
 
 def choose(num_rows: int, columns: int, num_multiprocessors: int) -> Layout:
     """Short rows in registers: of few rows each is done sooner by more threads, of many rows more fit at once.
 
-    Long rows in as many blocks as pay, each with 16,384 scores to read or more. Measured on an H200: two blocks find
-    room on a multiprocessor, but clusters of four are faster if each has one of its own, of eight if every second is
-    free.
+    Long rows in as many blocks as pay, each with 16,384 scores to read or more. A block with a ring has a
+    multiprocessor of its own, and a cluster lies in one group of them (16 or 18 on an H200): larger clusters leave some
+    of a group idle, so that all of them run at once only where there is room to spare. Many rows: two blocks on a
+    multiprocessor, one of them at work while the other waits.
     """
     few = num_rows <= num_multiprocessors
     for threads in (512, 1024) if few else (256, 512):
         if columns <= HELD * threads:
             return SHORT[threads]
-    for blocks, room in ((8, num_multiprocessors // 2), (4, num_multiprocessors), (2, 2 * num_multiprocessors)):
+    if not few:
+        return LONG
+    for blocks, room in ((8, num_multiprocessors // 2), (4, num_multiprocessors * 3 // 4), (2, num_multiprocessors)):
         if num_rows * blocks <= room and columns >= 16384 * blocks:
-            return LONG[blocks]
-    return LONG[1]
+            return RING[blocks]
+    return RING[1]
 
 
 @cache
 def _kernels(device: int) -> tuple[dict[str, cuda.Kernel], int]:
     """All of them, so that none is left to be loaded while a CUDA graph is captured."""
     source = Path(__file__).with_name("topk.cu")
-    layouts = [*SHORT.values(), *LONG.values()]
+    layouts = [*SHORT.values(), LONG, *RING.values()]
     kernels = {layout.name: cuda.kernel(source, layout.name, device, layout.shared_bytes) for layout in layouts}
     return kernels, torch.cuda.get_device_properties(device).multi_processor_count
 

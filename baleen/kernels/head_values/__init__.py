@@ -1,0 +1,43 @@
+"""What MLA's absorbed attention found in the latent space, taken out of it for each head.
+
+Imports: kernels.{dispatch,fp8_quant,pdl}.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from baleen.kernels.dispatch import Op
+from baleen.kernels.fp8_quant import Quantized
+
+IMPLEMENTATIONS = {
+    "triton": "baleen.kernels.head_values.triton_kernel:head_values_quant",
+    "reference": "baleen.kernels.head_values.reference:head_values_quant",
+}
+
+_head_values = Op(IMPLEMENTATIONS, "head_values")
+_head_values_quant = Op(IMPLEMENTATIONS)
+
+
+def head_values(attended: Tensor, w_v: Tensor) -> Tensor:
+    """w_v[h] @ attended[t, h].
+
+    attended  [T, H, latent] float32 or bfloat16, any strides (some of more heads)
+    w_v       [H, v, latent] of that dtype, any strides: the value half of kv_b_proj, per head
+    returns   [T, H, v] of that dtype
+    Error:    rounding.     Cost: reads w_v once; it is what takes time for up to some 200 tokens.
+    Source:   DeepSeek-V2 report, section 2.1.2.
+    """
+    result: Tensor = _head_values(attended, w_v)
+    return result
+
+
+def head_values_quant(attended: Tensor, w_v: Tensor) -> Quantized:
+    """quantize_1x128 of the rows of head_values, which are rounded to attended's dtype before: [T, H * v].
+
+    Arguments as of head_values.
+    Error:  rounding, after the quantisation. A bad value of a token spoils the token's own blocks only.
+    Cost:   reads w_v once; the rows are not written before they are quantised.
+    """
+    result: Quantized = _head_values_quant(attended, w_v)
+    return result

@@ -1,0 +1,48 @@
+"""What a GPU compiles and captures at first use, before there is a request: the first ones find it ready."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+from baleen.config import PAGE_SIZE, Config
+from baleen.messages import OpenSlot, SamplingParams, ScheduledBatch, ScheduledRow
+from baleen.runner.model_runner import ModelRunner
+
+SHORTEST = 16  # tokens of a prefill step; kernels are chosen by how many there are
+
+
+def warm_up(runner: ModelRunner, config: Config, *, progress: bool = False) -> None:
+    """Prefill of every size and decode of every batch size, on pages that no request has yet. Nothing on a CPU."""
+    if runner.device.type == "cpu":
+        return
+    steps = list(prefill_steps(config, runner.num_pages))
+    graphs = [] if runner.graphs is None else runner.graphs.usual
+    with tqdm(total=len(steps) + len(graphs), desc="compiling kernels", unit=" steps", disable=not progress) as bar:
+        for step in steps:
+            runner.execute(step).wait()
+            bar.update()
+        for shape in graphs:
+            assert runner.graphs is not None
+            runner.graphs.capture(*shape)
+            bar.update()
+
+
+def prefill_steps(config: Config, num_pages: int) -> Iterator[ScheduledBatch]:
+    """Prompts of 16, 32, 64, ... tokens up to a chunk, each in one step; then a long one's second, if there is room."""
+    room = min(config.load.context_length - 1, num_pages * PAGE_SIZE)
+    chunk = min(config.scheduler.chunked_prefill_size, room)
+    sizes = [SHORTEST << i for i in range(32) if SHORTEST << i < chunk]
+    for size in (*sizes, chunk):
+        yield _prompt(config, 0, size)
+    if room > chunk:
+        yield _prompt(config, chunk, min(room - chunk, chunk))
+
+
+def _prompt(config: Config, start: int, num_tokens: int) -> ScheduledBatch:
+    """Tokens of slot 0 after `start` others. Different ones, so that they go to different experts."""
+    ids = tuple(7919 * i % config.model.vocab_size for i in range(num_tokens))
+    pages = tuple(range(1, 1 + -(-(start + num_tokens) // PAGE_SIZE)))
+    opened = OpenSlot(sampling=SamplingParams(temperature=0.0), pages=pages, num_prompt=start + num_tokens)
+    return ScheduledBatch(0, (ScheduledRow(slot=0, start=start, token_ids=ids, open=opened),))
