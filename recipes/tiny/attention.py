@@ -14,7 +14,6 @@ from recipes.tiny.documents import Documents, Group
 from recipes.tiny.layers import Linear, RMSNorm
 
 
-
 @dataclass
 class Report:
     """Of one layer, summed over sampled queries that see more than top-k tokens, and their number.
