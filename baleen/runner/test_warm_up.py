@@ -29,10 +29,10 @@ def config_of(folder: Path, **settings: Any) -> Any:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, [(0, 16), (0, 32), (0, 64), (0, 128), (128, 128)]),
-        ({"context_length": 200}, [(0, 16), (0, 32), (0, 64), (0, 128), (128, 71)]),
-        ({"context_length": 65, "chunked_prefill_size": 512}, [(0, 16), (0, 32), (0, 64)]),
-        ({"max_total_tokens": 64, "max_running_requests": 1}, [(0, 16), (0, 32), (0, 64)]),
+        ({}, [(0, 16), (0, 128), (128, 128)]),
+        ({"context_length": 200}, [(0, 16), (0, 128), (128, 71)]),
+        ({"context_length": 321, "chunked_prefill_size": 512}, [(0, 16), (0, 128), (0, 320)]),
+        ({"max_total_tokens": 64, "max_running_requests": 1}, [(0, 16), (0, 64)]),
     ],
 )
 def test_prompts_of_every_size_and_a_second_chunk(folder: Path, settings: Any, expected: list[tuple[int, int]]) -> None:

@@ -10,11 +10,12 @@ from baleen.config import PAGE_SIZE, Config
 from baleen.messages import OpenSlot, SamplingParams, ScheduledBatch, ScheduledRow
 from baleen.runner.model_runner import ModelRunner
 
-SHORTEST = 16  # tokens of a prefill step; kernels are chosen by how many there are
+# Tokens of the prefill steps: kernels are chosen by how many there are, and most by this much more or less.
+SHORTEST, TIMES = 16, 8
 
 
 def warm_up(runner: ModelRunner, config: Config, *, progress: bool = False) -> None:
-    """Prefill of every size and decode of every batch size, on pages that no request has yet. Nothing on a CPU."""
+    """Prefill of several sizes and decode of every batch size, on pages that no request has yet. Nothing on a CPU."""
     if runner.device.type == "cpu":
         return
     steps = list(prefill_steps(config, runner.num_pages))
@@ -30,10 +31,10 @@ def warm_up(runner: ModelRunner, config: Config, *, progress: bool = False) -> N
 
 
 def prefill_steps(config: Config, num_pages: int) -> Iterator[ScheduledBatch]:
-    """Prompts of 16, 32, 64, ... tokens up to a chunk, each in one step; then a long one's second, if there is room."""
+    """Prompts of 16, 128, 1024, ... tokens up to a chunk, each in one step; then a second, if there is room."""
     room = min(config.load.context_length - 1, num_pages * PAGE_SIZE)
     chunk = min(config.scheduler.chunked_prefill_size, room)
-    sizes = [SHORTEST << i for i in range(32) if SHORTEST << i < chunk]
+    sizes = [size for size in (SHORTEST * TIMES**i for i in range(8)) if size < chunk]
     for size in (*sizes, chunk):
         yield _prompt(config, 0, size)
     if room > chunk:

@@ -27,7 +27,7 @@ from gpu.stages import CONFIGS, Report, environment, table
 IDLE_SHARE = 0.03  # target: of steady decode, between steps
 WARM_STEPS, TIMED_STEPS, PROFILED_STEPS = 30, 150, 60
 COLD_SECONDS, WARM_SECONDS = 60, 20  # targets of start to ready
-CHILD_SECONDS = 110
+CHILD_SECONDS = 125
 MARKS = ("python", "torch", "CUDA", "config", "ready", "first answer", "long prompt", "every size answered")
 
 
