@@ -166,17 +166,29 @@ def gpu_step_bytes(m: ModelConfig, *, rows: int, context: int, vocab_rows: int, 
     """What a step takes on a GPU besides `step_bytes`.
 
     rows       requests that sample    context  longest request
-    vocab_rows rows of the logits that CUDA graphs keep; 0 without graphs
+    vocab_rows the largest batch in a CUDA graph; 0 without graphs
     """
     latent = m.kv_lora_rank + m.qk_rope_head_dim
     of_row = 3 * m.hidden_size + 6 * m.moe_intermediate_size
-    graphs = vocab_rows * (BYTES["bfloat16"] + BYTES["float32"]) * m.vocab_size
+    kept = graph_rows(vocab_rows, context, m.index_topk) if vocab_rows else 0
+    graphs = (vocab_rows * BYTES["bfloat16"] + kept * BYTES["float32"]) * m.vocab_size
     return {
         "selection on the GPU": GPU_SELECTION_SCRATCH,
         "expert rows": (m.n_routed_experts + m.n_shared_experts) * EXPERT_ROWS * of_row,
         "prefill from the fp8 cache": context * latent * (2 * BYTES["float32"] + BYTES["bfloat16"]) if fp8_cache else 0,
         "CUDA graphs": graphs + 16 * rows * m.num_attention_heads * latent if vocab_rows else 0,
     }
+
+
+def graph_rows(most: int, context: int, index_topk: int) -> int:
+    """Rows of logits in the graphs that are captured at start (`DecodeGraphs.usual`): each keeps its own. Batches of 1,
+    2, 4, 8, 16, 24, ... `most`, and `most` at each doubling of index_topk up to the context.
+    """
+    sizes = [size for size in (1, 2, 4) if size < most] + [*range(8, most, 8), most]
+    contexts = 1
+    while index_topk << (contexts - 1) < context:
+        contexts += 1
+    return sum(sizes) + most * (contexts - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
