@@ -56,7 +56,8 @@ def main(
     if task == "needle":
         asked = _needles(server, longest, num_questions)
     asked = asked * repeat
-    bar = tqdm(total=len(asked), desc=task, unit=" questions", disable=not sys.stderr.isatty())
+    # into a file, a look now and then: long texts take minutes
+    bar = tqdm(total=len(asked), desc=task, unit=" questions", mininterval=0.1 if sys.stderr.isatty() else 30)
 
     def done(_index: int, _answer: Answer) -> None:
         bar.update()
