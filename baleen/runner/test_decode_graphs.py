@@ -68,6 +68,7 @@ def test_rows_move_on_by_themselves_and_are_uploaded_when_they_are_others(monkey
         ([5, 1, 2, 3], [8, 75, 0, 0]),
         ([5], [9]),
         ([5], [10]),
+        ([7], [11]),  # the place that slot 5 would have
     ]  # fmt: skip
     counts = []
     for slots, positions in steps:
@@ -78,4 +79,4 @@ def test_rows_move_on_by_themselves_and_are_uploaded_when_they_are_others(monkey
         assert rows.slots.tolist() == slots + [9] * missing
         assert rows.positions.tolist() == positions + [0] * missing, "padding stays at 0"
         rows.move_on()
-    assert counts == [1, 0, 0, 1, 0, 1, 1, 1, 0]
+    assert counts == [1, 0, 0, 1, 0, 1, 1, 1, 0, 1]

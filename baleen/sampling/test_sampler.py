@@ -405,3 +405,22 @@ def test_sampling_never_waits_for_the_device() -> None:
 def test_a_vocabulary_that_does_not_fit_the_sort_keys_is_refused() -> None:
     with pytest.raises(ValueError, match="vocab_size"):
         Sampler(1, filters.MAX_VOCAB_SIZE + 1, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("params", "likeliest"),
+    [
+        (SamplingParams(temperature=0.0), True),
+        (SamplingParams(temperature=0.7, top_k=1), True),
+        (SamplingParams(temperature=0.7), False),
+        (SamplingParams(temperature=0.0, frequency_penalty=0.5), False),
+        (SamplingParams(temperature=0.0, logit_bias=((3, 1.0),)), False),
+        (SamplingParams(temperature=0.0, logprobs=1), False),
+        (SamplingParams(temperature=0.0, min_new_tokens=4), False),
+    ],
+)
+def test_who_takes_the_likeliest_id(params: SamplingParams, likeliest: bool) -> None:
+    made = sampler_with([SamplingParams(temperature=0.0), params], 8)
+    assert made.takes_likeliest([0], [3])
+    assert made.takes_likeliest([1, 0], [3, 3]) is likeliest
+    assert made.takes_likeliest([1], [4]) is (likeliest or params.min_new_tokens == 4), "held back no longer"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recipes.tiny.documents import packed
-from recipes.tiny.evaluate import MODES, _drafts, interval, set_mode
+from recipes.tiny.evaluate import MODES, _drafts, interval, rope_layout, rope_pairs, set_mode
 from recipes.tiny.generate import generate
 from recipes.tiny.model import MICRO, TinyModel
 
@@ -43,6 +43,21 @@ def test_ablations_change_the_selection(model: TinyModel) -> None:
     for mode in [mode for mode in MODES if mode != "sparse"]:
         assert (seen[mode][64:] - seen["sparse"][64:]).norm() > 0.01 * seen["sparse"][64:].norm(), mode
         torch.testing.assert_close(seen[mode][:64], seen["sparse"][:64], atol=1e-3, rtol=1e-3)
+
+
+def test_wrong_ropes_turn_the_pairs_and_dims_that_they_say() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, angles = torch.randn(3, 2, 10, generator=g), torch.rand(3, 2, generator=g)
+    for rope, first in ((rope_layout, 6), (rope_pairs, 0)):
+        got = rope(x, angles.cos(), angles.sin())
+        expected = x.clone()
+        for t in range(3):
+            for head in range(2):
+                for pair in range(2):
+                    at = first + 2 * pair
+                    turned = complex(x[t, head, at], x[t, head, at + 1]) * torch.polar(torch.ones(()), angles[t, pair])
+                    expected[t, head, at], expected[t, head, at + 1] = turned.real, turned.imag
+        torch.testing.assert_close(got, expected)
 
 
 def test_drafts_follow_the_mtp_layer(model: TinyModel) -> None:
