@@ -91,7 +91,7 @@ class ModelRunner:
     scheduled.
 
     compiler         has compiled the grammar of every request that comes; None if none has one
-    forward_seconds  time of the model's forwards since start, for benchmarks and /server_info
+    forward_seconds  time of the model's forwards since start, a warm-up's not, for benchmarks and /metrics
     """
 
     def __init__(self, config: Config, compiler: GrammarCompiler | None = None, *, progress: bool = False) -> None:

@@ -33,6 +33,7 @@ def config_of(folder: Path, **settings: Any) -> Any:
         ({"context_length": 200}, [(0, 16), (0, 128), (128, 71)]),
         ({"context_length": 321, "chunked_prefill_size": 512}, [(0, 16), (0, 128), (0, 320)]),
         ({"max_total_tokens": 64, "max_running_requests": 1}, [(0, 16), (0, 64)]),
+        ({"context_length": 1, "max_total_tokens": 64, "max_running_requests": 1}, [(0, 1)]),
     ],
 )
 def test_prompts_of_every_size_and_a_second_chunk(folder: Path, settings: Any, expected: list[tuple[int, int]]) -> None:
@@ -64,3 +65,4 @@ def test_a_gpu_has_its_graphs_afterwards(folder: Path) -> None:
     warm_up(runner, config)
     assert runner.graphs is not None
     assert len(runner.graphs.usual) == len(runner.graphs._graphs) >= 3
+    assert runner.forward_seconds == 0

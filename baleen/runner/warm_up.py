@@ -28,11 +28,12 @@ def warm_up(runner: ModelRunner, config: Config, *, progress: bool = False) -> N
             assert runner.graphs is not None
             runner.graphs.capture(*shape)
             bar.update()
+    runner.forward_seconds = 0.0  # of requests, as /metrics says
 
 
 def prefill_steps(config: Config, num_pages: int) -> Iterator[ScheduledBatch]:
     """Prompts of 16, 128, 1024, ... tokens up to a chunk, each in one step; then a second, if there is room."""
-    room = min(config.load.context_length - 1, num_pages * PAGE_SIZE)
+    room = min(max(config.load.context_length - 1, 1), num_pages * PAGE_SIZE)
     chunk = min(config.scheduler.chunked_prefill_size, room)
     sizes = [size for size in (SHORTEST * TIMES**i for i in range(8)) if size < chunk]
     for size in (*sizes, chunk):

@@ -26,7 +26,6 @@ FEW_BYTES = 8 << 20  # of a weight: up to here what a program waits for counts, 
 _PROCESSORS = 132  # multiprocessors of an H100 or H200
 _FEW_PROGRAMS = 64  # take all that the L2 cache gives
 _STAGE_BYTES = 160 << 10  # at most, of a multiprocessor's shared memory
-_EARLY = True
 
 
 class Config(NamedTuple):
@@ -116,7 +115,7 @@ def default_config(num_tokens: int, num_rows: int, num_cols: int) -> Config | No
 
 def _streaming(num_tokens: int, num_rows: int, num_cols: int) -> Config:
     """A large weight: a tile a program, of which a multiprocessor has two, with some 100 KiB of stages each."""
-    config = Config(16, 128, 1, 128, 3, 4, _EARLY) if num_tokens <= 16 else Config(64, 128, 1, 64, 4, 4, _EARLY)
+    config = Config(16, 128, 1, 128, 3, 4, True) if num_tokens <= 16 else Config(64, 128, 1, 64, 4, 4, True)
     programs = 2 * _PROCESSORS // triton.cdiv(num_rows, config.block_n)
     return config._replace(splits=_parts(triton.cdiv(num_cols, config.block_k), programs, 8))
 
@@ -130,7 +129,7 @@ def _small(num_tokens: int, num_rows: int, num_cols: int) -> Config:
     blocks = triton.cdiv(num_cols, block_k)
     splits = _parts(blocks, min(_FEW_PROGRAMS // (row_tiles * triton.cdiv(num_tokens, block_m)), 16), 1)
     stages = max(min(triton.cdiv(blocks, splits) + 1, _STAGE_BYTES // (2 * block_k * (block_m + 64))), 2)
-    return Config(block_m, 64, splits, block_k, stages, 4, _EARLY)
+    return Config(block_m, 64, splits, block_k, stages, 4, True)
 
 
 def _parts(blocks: int, most: int, least_blocks: int) -> int:
