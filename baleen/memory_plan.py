@@ -181,8 +181,8 @@ def gpu_step_bytes(m: ModelConfig, *, rows: int, context: int, vocab_rows: int, 
 
 
 def graph_rows(most: int, context: int, index_topk: int) -> int:
-    """Rows of logits in the graphs that are captured at start (`DecodeGraphs.usual`): each keeps its own. Batches of 1,
-    2, 4, 8, 16, 24, ... `most`, and `most` at each doubling of index_topk up to the context.
+    """Rows of logits in the graphs that are captured at start (`usual_shapes`): each keeps its own. Batches of 1, 2, 4,
+    8, 16, 24, ... `most`, and `most` at each doubling of index_topk up to the context.
     """
     sizes = [size for size in (1, 2, 4) if size < most] + [*range(8, most, 8), most]
     contexts = 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from baleen.attention.backend import AttentionBackend
 from baleen.attention.beside import Beside
-from baleen.config import PAGE_SIZE
+from baleen.config import PAGE_SIZE, SchedulerConfig
 from baleen.kernels.greedy import greedy
 from baleen.model.deepseek_v32 import DeepseekV32ForCausalLM
 from baleen.runner.inputs import DecodeRows, RequestSlots
@@ -67,22 +67,15 @@ class DecodeGraphs:
         graph.replay()
         return Decoded(decoded.logits[:num_rows], decoded.greedy[:num_rows])
 
-    @property
-    def usual(self) -> list[tuple[int, int]]:
-        """Size and context of graphs that together use every kernel: each size at the shortest context that is scored,
-        the largest size at all contexts.
-        """
-        scored = self._contexts[min(1, len(self._contexts) - 1)]
-        shapes = [(size, scored) for size in self._sizes] + [(self._sizes[-1], context) for context in self._contexts]
-        return list(dict.fromkeys(shapes))
-
     @torch.inference_mode()
     def capture(self, size: int, context: int) -> None:
         """Make the graph if it is not there."""
         if (size, context) not in self._graphs:
             self._graphs[size, context] = self._capture(size, context)
 
-    def _capture(self, size: int, context: int) -> tuple[torch.cuda.CUDAGraph, DecodeRows, Decoded]:
+    @torch.inference_mode()
+    def compile(self, size: int, context: int) -> DecodeRows:
+        """Run the step of such a graph kernel by kernel, on padding: compiles what is compiled at first use."""
         rows = DecodeRows(size, self._slots.padding, self._slots.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -90,6 +83,10 @@ class DecodeGraphs:
             for _ in range(WARMUPS):
                 self._forward(rows, context)
         torch.cuda.current_stream().wait_stream(stream)
+        return rows
+
+    def _capture(self, size: int, context: int) -> tuple[torch.cuda.CUDAGraph, DecodeRows, Decoded]:
+        rows = self.compile(size, context)
         graph = torch.cuda.CUDAGraph()
         # Other threads pin memory and wait for events meanwhile, which a stricter mode would forbid them.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -107,6 +104,20 @@ class DecodeGraphs:
         self._slots.remember(rows.slots, decoded.greedy)
         self._beside.join()
         return decoded
+
+
+def largest_batch(scheduler: SchedulerConfig) -> int:
+    """Rows of the largest graph."""
+    return min(scheduler.max_running_requests, scheduler.cuda_graph_max_bs or scheduler.max_running_requests)
+
+
+def usual_shapes(max_batch: int, index_topk: int, context_length: int) -> list[tuple[int, int]]:
+    """Size and context of graphs that together use every kernel: each size at the shortest context that is scored, the
+    largest size at all contexts.
+    """
+    sizes, contexts = padded_sizes(max_batch), padded_contexts(index_topk, context_length)
+    scored = contexts[min(1, len(contexts) - 1)]
+    return list(dict.fromkeys([(size, scored) for size in sizes] + [(sizes[-1], context) for context in contexts]))
 
 
 def padded_sizes(max_batch: int) -> list[int]:

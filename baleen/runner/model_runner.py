@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from baleen.attention.backend import make_backend
-from baleen.config import FASTEST, Config
+from baleen.config import FASTEST, AttentionConfig, Config
 from baleen.kernels import dispatch
 from baleen.messages import OpenSlot, RowError, ScheduledBatch, StepOutput, TokenLogprobs
 from baleen.model.deepseek_v32 import DeepseekV32ForCausalLM
 from baleen.model.layers import Precision
 from baleen.model.weights import fill_randomly, load_weights
-from baleen.runner.decode_graphs import DecodeGraphs
+from baleen.runner.decode_graphs import DecodeGraphs, largest_batch
 from baleen.runner.inputs import RequestSlots, upload
 from baleen.sampling.grammar import GrammarMasks
 from baleen.sampling.grammar_compiler import GrammarCompiler
@@ -86,6 +86,20 @@ class LaunchedStep:
         return StepOutput(step, ids, logprobs, prompt_logprobs, errors)
 
 
+def use_kernels(attention: AttentionConfig, **pinned: str) -> None:
+    """This process runs the kernels of these settings from now on. pinned: op -> implementation, besides theirs."""
+    named = {"topk": attention.topk_backend, "fp8_experts": attention.moe_runner_backend}
+    named = {op: name for op, name in named.items() if name != FASTEST}
+    dispatch.use("auto" if attention.kernels == FASTEST else "reference", named | pinned)
+
+
+def empty_model(config: Config, device: torch.device) -> DeepseekV32ForCausalLM:
+    """The model of `config`, its parameters on `device` and not filled."""
+    precision = Precision(getattr(torch, config.load.dtype), keep_fp8=config.load.device == "cuda")
+    with device:
+        return DeepseekV32ForCausalLM(config.model, precision, config.load.context_length)
+
+
 class ModelRunner:
     """Loads the model of `config`; `execute` runs one step. One thread calls it at a time, steps in the order
     scheduled.
@@ -96,16 +110,12 @@ class ModelRunner:
 
     def __init__(self, config: Config, compiler: GrammarCompiler | None = None, *, progress: bool = False) -> None:
         attention = config.attention
-        pinned = {"topk": attention.topk_backend, "fp8_experts": attention.moe_runner_backend}
-        pinned = {op: name for op, name in pinned.items() if name != FASTEST}
-        dispatch.use("auto" if attention.kernels == FASTEST else "reference", pinned)
+        use_kernels(attention)
         self.device = torch.device(config.load.device)
         self.num_pages = config.cache.max_total_tokens // config.cache.page_size
         self.forward_seconds = 0.0
         started = time.monotonic()
-        precision = Precision(getattr(torch, config.load.dtype), keep_fp8=self.device.type == "cuda")
-        with self.device:
-            self.model = DeepseekV32ForCausalLM(config.model, precision, config.load.context_length)
+        self.model = empty_model(config, self.device)
         if config.load.load_format == "dummy":
             report = fill_randomly(self.model, config.load.random_seed)
         else:
@@ -134,7 +144,7 @@ class ModelRunner:
                 self.model,
                 self.backend,
                 self.slots,
-                max_batch=min(max_running, config.scheduler.cuda_graph_max_bs or max_running),
+                max_batch=largest_batch(config.scheduler),
                 context_length=config.load.context_length,
             )
 

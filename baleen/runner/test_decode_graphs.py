@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 
 from baleen.memory_plan import graph_rows
 from baleen.messages import OpenSlot, SamplingParams, ScheduledRow
-from baleen.runner.decode_graphs import DecodeGraphs, padded_contexts, padded_sizes
+from baleen.runner.decode_graphs import padded_contexts, padded_sizes, usual_shapes
 from baleen.runner.inputs import DecodeRows, RequestSlots
 
 
@@ -32,9 +29,7 @@ def test_contexts(context: int, contexts: list[int]) -> None:
 @pytest.mark.parametrize("most", [1, 3, 8, 20, 128])
 @pytest.mark.parametrize("context", [100, 2048, 2049, 9000, 163840])
 def test_the_memory_plan_counts_the_logits_of_the_usual_graphs(most: int, context: int) -> None:
-    graphs: Any = SimpleNamespace(_sizes=padded_sizes(most), _contexts=padded_contexts(2048, context))
-    assert DecodeGraphs.usual.fget is not None
-    usual = DecodeGraphs.usual.fget(graphs)
+    usual = usual_shapes(most, 2048, context)
     assert {size for size, _ in usual} == set(padded_sizes(most))
     assert {at for size, at in usual if size == most} == set(padded_contexts(2048, context))
     assert graph_rows(most, context, 2048) == sum(size for size, _ in usual)

@@ -11,7 +11,7 @@ import torch
 from baleen.flags import default_config
 from baleen.model.random_checkpoint import official_config, write_random_checkpoint
 from baleen.runner.model_runner import ModelRunner
-from baleen.runner.warm_up import prefill_steps, warm_up
+from baleen.runner.warm_up import decode_shapes, prefill_steps, warm_up
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,10 @@ def config_of(folder: Path, **settings: Any) -> Any:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, [(0, 16), (0, 128), (128, 128)]),
-        ({"context_length": 200}, [(0, 16), (0, 128), (128, 71)]),
-        ({"context_length": 321, "chunked_prefill_size": 512}, [(0, 16), (0, 128), (0, 320)]),
-        ({"max_total_tokens": 64, "max_running_requests": 1}, [(0, 16), (0, 64)]),
+        ({}, [(0, 16), (0, 32), (0, 64), (0, 128), (128, 128)]),
+        ({"context_length": 200}, [(0, 16), (0, 32), (0, 64), (0, 128), (128, 71)]),
+        ({"context_length": 321, "chunked_prefill_size": 512}, [(0, s) for s in (16, 32, 64, 128, 256, 320)]),
+        ({"max_total_tokens": 64, "max_running_requests": 1}, [(0, 16), (0, 32), (0, 64)]),
         ({"context_length": 1, "max_total_tokens": 64, "max_running_requests": 1}, [(0, 1)]),
     ],
 )
@@ -64,5 +64,5 @@ def test_a_gpu_has_its_graphs_afterwards(folder: Path) -> None:
     runner = ModelRunner(config)
     warm_up(runner, config)
     assert runner.graphs is not None
-    assert len(runner.graphs.usual) == len(runner.graphs._graphs) >= 3
+    assert len(decode_shapes(config)) == len(runner.graphs._graphs) >= 3
     assert runner.forward_seconds == 0

@@ -8,10 +8,10 @@ from tqdm import tqdm
 
 from baleen.config import PAGE_SIZE, Config
 from baleen.messages import OpenSlot, SamplingParams, ScheduledBatch, ScheduledRow
+from baleen.runner.decode_graphs import largest_batch, usual_shapes
 from baleen.runner.model_runner import ModelRunner
 
-# Tokens of the prefill steps: kernels are chosen by how many there are, and most by this much more or less.
-SHORTEST, TIMES = 16, 8
+SHORTEST = 16  # tokens of a prefill step; then twice as many, ...: kernels are chosen by the power of two
 
 
 def warm_up(runner: ModelRunner, config: Config, *, progress: bool = False) -> None:
@@ -19,7 +19,7 @@ def warm_up(runner: ModelRunner, config: Config, *, progress: bool = False) -> N
     if runner.device.type == "cpu":
         return
     steps = list(prefill_steps(config, runner.num_pages))
-    graphs = [] if runner.graphs is None else runner.graphs.usual
+    graphs = decode_shapes(config)
     with tqdm(total=len(steps) + len(graphs), desc="compiling kernels", unit=" steps", disable=not progress) as bar:
         for step in steps:
             runner.execute(step).wait()
@@ -32,14 +32,23 @@ def warm_up(runner: ModelRunner, config: Config, *, progress: bool = False) -> N
 
 
 def prefill_steps(config: Config, num_pages: int) -> Iterator[ScheduledBatch]:
-    """Prompts of 16, 128, 1024, ... tokens up to a chunk, each in one step; then a second, if there is room."""
+    """Prompts of 16, 32, 64, ... tokens up to a chunk, each in one step; then a second, if there is room."""
     room = min(max(config.load.context_length - 1, 1), num_pages * PAGE_SIZE)
     chunk = min(config.scheduler.chunked_prefill_size, room)
-    sizes = [size for size in (SHORTEST * TIMES**i for i in range(8)) if size < chunk]
-    for size in (*sizes, chunk):
+    size = SHORTEST
+    while size < chunk:
         yield _prompt(config, 0, size)
+        size *= 2
+    yield _prompt(config, 0, chunk)
     if room > chunk:
         yield _prompt(config, chunk, min(room - chunk, chunk))
+
+
+def decode_shapes(config: Config) -> list[tuple[int, int]]:
+    """Size and context of the decode graphs; none where there are no graphs."""
+    if config.load.device == "cpu" or config.scheduler.disable_cuda_graph:
+        return []
+    return usual_shapes(largest_batch(config.scheduler), config.model.index_topk, config.load.context_length)
 
 
 def _prompt(config: Config, start: int, num_tokens: int) -> ScheduledBatch:
