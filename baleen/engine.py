@@ -34,6 +34,7 @@ from baleen.messages import (
     TokenOutput,
     TokenOutputs,
 )
+from baleen.runner.compile_ahead import compile_ahead, remember
 from baleen.runner.model_runner import LaunchedStep, ModelRunner
 from baleen.runner.warm_up import warm_up
 from baleen.sampling.grammar_compiler import GrammarCompiler
@@ -64,9 +65,12 @@ class Engine:
         # In its own thread from the start: each thread that runs parallel torch code gets a pool of OpenMP threads, and
         # two pools on the same cores make every barrier several times slower.
         self._compiler = GrammarCompiler(lambda: _vocabulary(config))
+        warms_up = not config.scheduler.skip_server_warmup
+        mark = compile_ahead(config, progress=progress) if warms_up else None
         self.runner = self._thread.submit(ModelRunner, config, self._compiler, progress=progress).result()
-        if not config.scheduler.skip_server_warmup:
+        if warms_up:
             self._thread.submit(warm_up, self.runner, config, progress=progress).result()
+        remember(mark)
         self.scheduler = Scheduler(
             num_pages=self.runner.num_pages,
             page_size=config.cache.page_size,

@@ -33,7 +33,7 @@ MAY_IMPORT = {  # part -> parts it may import; a part may always import itself
     "attention": "config messages kernels",
     "sampling": "config messages kernels",
     "model": "config attention kernels",
-    "runner": "config messages model attention sampling kernels",
+    "runner": "config messages memory_plan model attention sampling kernels",
     "engine": "config messages chat scheduler runner sampling",
     "llm": "config flags messages chat engine",
     "launch": "config messages chat engine server",

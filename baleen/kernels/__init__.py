@@ -4,7 +4,7 @@ What lives here. `<op>/__init__.py` is the op's contract (a docstring per public
 and the public functions, which dispatch; `<op>/reference.py` is torch, defines the op, and is what a CPU serves with;
 `<op>/cases.py` lists inputs with their tolerance, for correctness and for speed; `<op>/test_<op>.py` holds every
 implementation to an oracle on those cases. `dispatch.py` loads implementations and holds the one choice of the process,
-`testing.py` compares them.
+`testing.py` compares them. `compile_cache.py` knows whether all that is compiled is on disk.
 
 Imports. Torch and baleen.kernels, nothing else of baleen: the folder could be lifted out as a library.
 
