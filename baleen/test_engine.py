@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from baleen import engine
 from baleen.llm import LLM
 from baleen.messages import SamplingParams
 from baleen.model.random_checkpoint import build_random_checkpoint
@@ -43,3 +44,18 @@ def test_an_interrupted_generate_leaves_an_engine_that_works(tmp_path: Path, ove
         assert llm.generate([5, 6, 7], GREEDY)[0].token_ids == expected
         llm.engine.scheduler.check_invariants()
         assert llm.engine.flush_cache().ok
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_kernels_are_compiled_before_the_model_is_loaded_and_marked_after_the_warm_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip: bool
+) -> None:
+    build_random_checkpoint(tmp_path / "model", size="tiny")
+    calls: list[Any] = []
+    mark, load = tmp_path / "mark", engine.ModelRunner
+    monkeypatch.setattr(engine, "compile_ahead", lambda config, **_: calls.append("ahead") or mark)
+    monkeypatch.setattr(engine, "ModelRunner", lambda *args, **more: calls.append("load") or load(*args, **more))
+    monkeypatch.setattr(engine, "warm_up", lambda *args, **_: calls.append("warm up"))
+    monkeypatch.setattr(engine, "remember", calls.append)
+    with LLM(str(tmp_path / "model"), skip_server_warmup=skip):
+        assert calls == (["load", None] if skip else ["ahead", "load", "warm up", mark])

@@ -243,6 +243,23 @@ def test_products_run_with_every_kernel_and_steps_leave_them_to_the_reference(
     assert used == [{}, {"fp8_gemm": "reference"}]
 
 
+@pytest.mark.gpu
+def test_every_share_runs_on_a_gpu(tmp_path: Path, started: list[Any], capfd: Any) -> None:
+    """Products, prefill in two chunks and decode; and their memory is free afterwards."""
+    sizes = {"hidden_size": 512, "num_attention_heads": 64, "index_n_heads": 64, "intermediate_size": 1024}
+    write_random_checkpoint(tmp_path / "model", official_config(**sizes))
+    settings = {"max_total_tokens": 2048, "max_running_requests": 2, "context_length": 600, "chunked_prefill_size": 512}
+    small = cut(default_config(tmp_path / "model", device="cuda", **settings))
+    todo = shares(small)
+    assert {type(share) for share in todo} == {Products, ScheduledBatch, Decode}
+    free = torch.cuda.mem_get_info()[0]
+    run_shares(small, todo, 2, progress=True)
+    err = capfd.readouterr().err
+    assert "warning" not in err
+    assert f"{len(todo)}/{len(todo)}" in err
+    assert torch.cuda.mem_get_info()[0] > free - 2**28
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """Stands in for a GPU with memory and for Triton; the calls of `run_shares`."""
