@@ -187,13 +187,14 @@ def run_shares(config: Config, todo: Sequence[Share], count: int, *, progress: b
     """
     left = deque(todo)
     workers: dict[Connection, _Worker] = {}
+    busy: set[Connection] = set()
     failures: list[str] = []
     bar = tqdm(total=len(todo), desc="compiling kernels ahead", unit=" steps", disable=not progress)
     try:
         for _ in range(count):
             worker = _Worker(config)
             workers[worker.connection] = worker
-        while workers:
+        while workers and (left or busy):  # one that is still starting may come too late
             ready = wait(list(workers), STALL_SECONDS)
             if not ready:
                 failures.append(f"no step was done for {STALL_SECONDS:.0f} s")
@@ -201,6 +202,7 @@ def run_shares(config: Config, todo: Sequence[Share], count: int, *, progress: b
             for connection in ready:
                 assert isinstance(connection, Connection)
                 worker = workers[connection]
+                busy.discard(connection)
                 try:
                     num_done = connection.recv()
                 except (EOFError, OSError):
@@ -209,6 +211,7 @@ def run_shares(config: Config, todo: Sequence[Share], count: int, *, progress: b
                     bar.update(num_done)
                     if left:
                         worker.send(left.popleft())
+                        busy.add(connection)
                         continue
                 del workers[connection]
                 worker.end()

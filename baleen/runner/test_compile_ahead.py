@@ -175,6 +175,18 @@ def test_processes_that_fail_end_and_the_start_goes_on(
     assert err.count("\n") == 1
 
 
+def test_one_that_never_starts_is_not_waited_for(
+    folder: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path
+) -> None:
+    first = f"import os, time\ntry: os.mkdir({str(tmp_path / 'first')!r})\nexcept OSError: time.sleep(600)\n"
+    stand_in(monkeypatch, first + NO_WORK + "while True: connection.recv(); connection.send(1)")
+    small = cut(on_gpu(folder))
+    run_shares(small, shares(small), 2, progress=True)
+    err = capfd.readouterr().err
+    assert "43/43" in err
+    assert "warning" not in err
+
+
 def test_no_interpreter_and_an_interrupt(
     folder: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
