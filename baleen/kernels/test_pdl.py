@@ -21,11 +21,15 @@ OPS = sorted({path.parent.name for path in FILES})
 WEIGHTS = {"weight", "bias", "latent_weight", "key_weight", "key_bias"}  # parameters that no kernel writes
 ELSEWHERE = {"param", "shared", "local", "const"}  # memory that no other kernel has
 _INSTRUCTION = re.compile(r"(?:@(!?%\w+) +)?([a-z_]\w*(?:[.:]+\w+)*)\s*([^;]*);")
+_TENSOR_LOAD = re.compile(r"cp\.async\.bulk\.tensor\.\dd\.shared::\w+\.global")
+_TABLE = re.compile(r"([\w$]+):\s*\.branchtargets\s*([^;]*);")
 
 
-def _program(ptx: str) -> tuple[list[tuple[str, str, str]], dict[str, int]]:
-    """(predicate, operation, operands) of each instruction, and where labels point."""
+def _program(ptx: str) -> tuple[list[tuple[str, str, str]], dict[str, int], dict[str, list[str]]]:
+    """(predicate, operation, operands) of each instruction, where labels point, and the labels in each table."""
     body = re.sub(r"//.*", "", ptx[ptx.index("\n{") + 2 :])
+    targets = {table: re.findall(r"[\w$]+", labels) for table, labels in _TABLE.findall(body)}
+    body = _TABLE.sub("", body)
     instructions: list[tuple[str, str, str]] = []
     labels: dict[str, int] = {}
     for line in body.splitlines():
@@ -33,11 +37,13 @@ def _program(ptx: str) -> tuple[list[tuple[str, str, str]], dict[str, int]]:
             labels[label[1]] = len(instructions)
         elif not line.strip().startswith("."):
             instructions += [(found[1] or "", found[2], found[3]) for found in _INSTRUCTION.finditer(line)]
-    return instructions, labels
+    return instructions, labels, targets
 
 
-def _before_the_wait(instructions: list[tuple[str, str, str]], labels: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """(operation, operands) of what can be reached without waiting."""
+def _before_the_wait(
+    instructions: list[tuple[str, str, str]], labels: dict[str, int], targets: dict[str, list[str]]
+) -> Iterator[int]:
+    """Of the instructions, which can be reached without waiting. targets: of each branch by a table."""
     places, seen = [0], set()
     while places:
         place = places.pop()
@@ -45,9 +51,11 @@ def _before_the_wait(instructions: list[tuple[str, str, str]], labels: dict[str,
             continue
         seen.add(place)
         predicate, operation, operands = instructions[place]
-        yield operation, operands
-        jumps = operation.startswith("bra")
-        if jumps:
+        yield place
+        jumps = operation.startswith(("bra", "brx"))
+        if operation.startswith("brx"):
+            places += [labels[label] for label in targets.get(operands.split(",")[1].strip(), ())]
+        elif jumps:
             places.append(labels[operands.strip()])
         if predicate or not (jumps or operation in ("ret", "exit")):
             places.append(place + 1)
@@ -74,18 +82,40 @@ def _is_shared_with_others(qualifiers: list[str]) -> bool:
     return "prefetch" not in qualifiers and ("global" in qualifiers or not ELSEWHERE & set(qualifiers))
 
 
+def _names(signature: dict[str, str]) -> list[str]:
+    """Of the parameters in PTX: a descriptor of n dims is itself, n sizes and n strides."""
+    names = []
+    for name, type in signature.items():
+        block = re.match(r"tensordesc<\w+\[([^]]*)]", type)
+        names += [name] * (1 + 2 * len(block[1].split(",")) if block else type != "constexpr")
+    return names
+
+
+def _global_address(operation: str, operands: str) -> str:
+    """That of a copy of a tensor into shared memory is its descriptor, which comes second; else all addresses."""
+    if _TENSOR_LOAD.match(operation):
+        return re.findall(r"\[([^]]*)]", operands)[1].split("{")[0]
+    return operands[operands.index("[") :]
+
+
 def violations(ptx: str, names: list[str]) -> list[str]:
     """What a kernel does before it waits and must not. names: of its parameters."""
-    instructions, labels = _program(ptx)
-    pointers = {int(number) for number in re.findall(r"\.ptr\b.*_param_(\d+)", ptx)}
+    instructions, labels, targets = _program(ptx)
+    kinds = r"\.ptr\b.*_param_(\d+)|\.b8 \w+_param_(\d+)\[128\]"
+    pointers = {int(number or descriptor) for number, descriptor in re.findall(kinds, ptx)}
+    # A kernel of specialised warps branches by a table to what each does. Those that do nothing reach `ret` by it, and
+    # may: the block ends with its other warps, which wait. `ret` on another path ends it.
+    without_table = set(_before_the_wait(instructions, labels, {}))
     found = []
-    for operation, operands in _before_the_wait(instructions, labels):
+    for place in _before_the_wait(instructions, labels, targets):
+        _, operation, operands = instructions[place]
         kind, *where = re.split(r"[.:]+", operation)
         if kind in ("ret", "exit"):
-            found.append(operation)
+            found += [operation] * (place in without_table)
         elif kind in ("ld", "st", "atom", "red", "cp") and "[" in operands and _is_shared_with_others(where):
-            used = {names[number] for number in _parameters(instructions, operands[operands.index("[") :]) & pointers}
-            if kind != "ld" or not used or used - WEIGHTS:
+            address = _global_address(operation, operands)
+            used = {names[number] for number in _parameters(instructions, address) & pointers}
+            if not (kind == "ld" or _TENSOR_LOAD.match(operation)) or not used or used - WEIGHTS:
                 found.append(f"{operation} by {sorted(used)}")
     return found
 
@@ -129,25 +159,36 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_no_kernel_touches_what_others_do_before_it_waits(op: str, compiled: dict[str, list[Any]]) -> None:
+def test_no_kernel_touches_what_others_do_before_it_waits(
+    op: str, compiled: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = import_module(f"baleen.kernels.{op}")
     for case in import_module(f"baleen.kernels.{op}.cases").CASES:
         function = find(package.IMPLEMENTATIONS, "triton", case.function)
         if function is not None:
             function(*case.arguments())
-        if op == "fp8_experts":  # what only another library's products are laid out by
-            layout = import_module(f"baleen.kernels.{op}.layout")
-            x, expert_ids = case.arguments()[:2]
-            layout.masked(x, expert_ids, 24)
-            layout.joined(x, expert_ids, 24, 128)
+        if op == "fp8_experts":
+            _masked_and_joined(monkeypatch, *case.arguments())
     for name, kernels in compiled.items():
         for kernel in kernels:
             ptx = kernel.asm["ptx"]
             assert "griddepcontrol.wait" in ptx, name
             assert "griddepcontrol.launch_dependents" in ptx, name
-            names = [name for name, type in kernel.src.signature.items() if type != "constexpr"]
-            assert not violations(ptx, names), name
+            assert not violations(ptx, _names(kernel.src.signature)), name
     assert launched_with_pdl(op) <= set(compiled), f"no case of {op} launches the others"
+
+
+def _masked_and_joined(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
+    """What fp8_experts launches for more rows of an expert: layouts, and the product of one."""
+    from baleen.kernels.fp8_experts import gluon_kernel, layout
+
+    x, expert_ids, _, weight, weight_scale, *_, dtype = arguments
+    monkeypatch.setattr(gluon_kernel, "_num_sms", lambda device: 132)
+    num_experts, num_rows, _ = weight.shape
+    layout.joined(x, expert_ids, num_experts, 128)
+    place = layout.masked(x, expert_ids, num_experts)
+    out = torch.empty(place.values.shape[0], num_rows, dtype=dtype)
+    gluon_kernel.multiply(place.values, place.scale, place.ends, weight, weight_scale, out)
 
 
 def launched_with_pdl(op: str) -> set[str]:
@@ -213,6 +254,88 @@ $L__BB0_3:
 def test_what_comes_too_early_is_found(on_both: str, on_one_path: str, found: list[str]) -> None:
     ptx = PTX.replace("ON_BOTH", on_both).replace("ON_ONE_PATH", on_one_path)
     assert violations(ptx, ["weight", "x", "n"]) == found
+
+
+SPECIALISED = """
+.visible .entry kernel(
+	.param .align 64 .b8 kernel_param_0[128],
+	.param .u32 kernel_param_1,
+	.param .u32 kernel_param_2,
+	.param .u64 kernel_param_3,
+	.param .u64 kernel_param_4,
+	.param .align 64 .b8 kernel_param_5[128],
+	.param .u32 kernel_param_6,
+	.param .u32 kernel_param_7,
+	.param .u64 kernel_param_8,
+	.param .u64 kernel_param_9,
+	.param .u64 .ptr .global .align 1 kernel_param_10
+)
+{
+	mov.b64 %rd1, kernel_param_0;
+	mov.b64 %rd2, kernel_param_5;
+	cvta.param.u64 %rd3, %rd1;
+	cvta.param.u64 %rd4, %rd2;
+	ld.param.b64 %rd5, [kernel_param_10];
+	ld.param.b32 %r1, [kernel_param_6];
+	@%p1 bra $L__BB0_4;
+$L__BB0_1:
+	ld.shared.b8 %r2, [%r3];
+	$L_brx_0: .branchtargets
+		$L__BB0_2,
+		$L__BB0_3,
+		$L__BB0_5;
+	brx.idx %r2, $L_brx_0;
+$L__BB0_2:
+	IN_FIRST
+	griddepcontrol.wait;
+	LOAD [%r4], [%rd4, {%r5, %r6}], [%r7];
+	bra.uni $L__BB0_1;
+$L__BB0_3:
+	IN_SECOND
+	griddepcontrol.wait;
+	bra.uni $L__BB0_1;
+$L__BB0_4:
+	IN_DEFAULT
+	griddepcontrol.wait;
+	st.global.b32 [%rd5], %r8;
+$L__BB0_5:
+	ret;
+}
+"""
+LOAD = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+STORE = "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group"
+
+
+@pytest.mark.parametrize("partition", ["IN_FIRST", "IN_SECOND", "IN_DEFAULT"])
+@pytest.mark.parametrize(
+    ("instruction", "found"),
+    [
+        ("", []),
+        (f"@%p2 {LOAD} [%r4], [%rd3, {{%r1, %r5}}], [%r7];", []),
+        (f"@%p2 {LOAD} [%r4], [%rd4, {{%r1, %r5}}], [%r7];", [f"{LOAD} by ['x']"]),
+        (f"{STORE} [%rd3, {{%r1, %r5}}], [%r4];", [f"{STORE} by ['weight', 'x']"]),
+        ("ld.global.b32 %r5, [%rd5];", ["ld.global.b32 by ['out']"]),
+        ("@%p2 st.global.b32 [%rd5], %r5;", ["st.global.b32 by ['out']"]),
+    ],
+)
+def test_specialised_warps_are_followed(partition: str, instruction: str, found: list[str]) -> None:
+    names = _names({"weight": "tensordesc<fp8e4nv[64, 128],Layout(rank=2)>", "N": "constexpr"})
+    names += _names({"x": "tensordesc<fp8e4nv[16, 128]>", "out": "*bf16"})
+    assert violations(_specialised(**{partition: instruction}), names) == found
+
+
+def test_only_warps_without_a_part_return_without_waiting() -> None:
+    names = [*["weight"] * 5, *["x"] * 5, "out"]
+    assert violations(_specialised(IN_FIRST="bra.uni $L__BB0_5;"), names) == []
+    assert violations(_specialised(IN_DEFAULT="@%p2 ret;"), names) == ["ret"]
+    assert violations(_specialised(IN_DEFAULT="@%p2 bra $L__BB0_5;"), names) == ["ret"]
+
+
+def _specialised(**parts: str) -> str:
+    ptx = SPECIALISED.replace("\tLOAD", f"\t{LOAD}")
+    for part in ("IN_FIRST", "IN_SECOND", "IN_DEFAULT"):
+        ptx = ptx.replace(part, parts.get(part, ""))
+    return ptx
 
 
 def test_a_launch_is_early_where_the_device_can(monkeypatch: pytest.MonkeyPatch) -> None:

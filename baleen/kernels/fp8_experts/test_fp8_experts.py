@@ -74,7 +74,7 @@ def test_triton_kernels_in_its_interpreter() -> None:
     pytest.importorskip("triton", reason="needs the package triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("this is the inner run")
-    chosen = "triton and (loop and bfloat16 or strided) or hold or few_rows"
+    chosen = "triton and (loop and bfloat16 or strided) or hold or few_rows or stream"
     command = [sys.executable, "-m", "pytest", __file__, "-k", chosen]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]
@@ -82,7 +82,7 @@ def test_triton_kernels_in_its_interpreter() -> None:
 
 
 class FakeDeepGemm(ModuleType):
-    """What DeepGEMM documents of its two grouped products, on a CPU; rows of no expert come out as NaN."""
+    """What DeepGEMM documents of its grouped product, on a CPU; rows of no expert come out as NaN."""
 
     def __init__(self) -> None:
         super().__init__("deep_gemm")
@@ -95,19 +95,6 @@ class FakeDeepGemm(ModuleType):
     @staticmethod
     def set_pdl(enabled: bool) -> None:
         """Of the launch alone."""
-
-    def fp8_m_grouped_gemm_nt_masked(self, a: Any, b: Any, out: Tensor, counts: Tensor, expected: int) -> None:
-        self.calls.append("masked")
-        num_experts, room, width = a[0].shape
-        assert out.shape[:2] == (num_experts, room)
-        assert room % BLOCK == 0
-        assert expected >= 1
-        assert a[1].shape == (num_experts, room, width // 128)
-        assert a[1].stride() == (room * (width // 128), 1, room), "taken without a copy"
-        self._check(b, counts)
-        out.fill_(torch.nan)
-        for expert, count in enumerate(counts.tolist()):
-            self._multiply(a, b, out, (expert, slice(count)), expert)
 
     def m_grouped_fp8_gemm_nt_contiguous(
         self, a: Any, b: Any, out: Tensor, ends: Tensor, use_psum_layout: bool = False
@@ -148,7 +135,6 @@ def deep_gemm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     real = sys.modules.pop(name, None)
     monkeypatch.setitem(sys.modules, "deep_gemm", FakeDeepGemm())
     module = import_module(name)
-    monkeypatch.setattr(module, "FEW_TOKENS", 0)
     monkeypatch.setattr(module, "FEW_ROWS", 0)
     yield module
     del sys.modules[name]
@@ -157,18 +143,10 @@ def deep_gemm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if torch.bfloat16 in case.parameters], ids=str)
-@pytest.mark.parametrize("most_masked", [0, 128])
-def test_rows_go_to_their_experts_and_back_in_both_layouts(deep_gemm: Any, case: Case, most_masked: int) -> None:
+def test_rows_go_to_their_experts_and_back(deep_gemm: Any, case: Case) -> None:
     arguments = case.arguments()
-    num_tokens = arguments[1].shape[0]
-    room = deep_gemm.layout.MASKED_TOKENS
-    try:
-        # Only the choice is moved: the room of an expert stays a block.
-        deep_gemm.MOST_MASKED = most_masked
-        got = deep_gemm.fp8_experts(*arguments)
-    finally:
-        deep_gemm.MOST_MASKED = room
-    assert deep_gemm.deep_gemm.calls == 2 * ["masked" if num_tokens <= most_masked else "joined"]
+    got = deep_gemm.fp8_experts(*arguments)
+    assert deep_gemm.deep_gemm.calls == 2 * ["joined"]
     assert_close(got, _token_by_token(*arguments), case.rtol, case.atol)
 
 
@@ -223,6 +201,41 @@ def test_few_rows_of_an_expert_go_to_our_kernel(deep_gemm: Any, monkeypatch: pyt
     arguments = case.arguments()
     got = deep_gemm.fp8_experts(*arguments)
     assert deep_gemm.deep_gemm.calls == []
+    assert_close(got, _token_by_token(*arguments), case.rtol, case.atol)
+
+
+@pytest.mark.parametrize(("shape", "product"), [((128, 3, 8, 128, 128), "streamed"), ((150, 2, 7, 128, 128), "joined")])
+def test_up_to_128_tokens_stream_the_weights(
+    deep_gemm: Any, shape: tuple[int, ...], product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where our kernel can run; more go to DeepGEMM."""
+    fake = deep_gemm.deep_gemm
+
+    def multiply(
+        values: Tensor, scale: Tensor, counts: Tensor, weight: Tensor, weight_scale: Tensor, out: Tensor
+    ) -> None:
+        """As its docstring says; rows of no expert come out as NaN."""
+        fake.calls.append("streamed")
+        num_experts, num_rows, dim = weight.shape
+        assert values.shape == (num_experts * 128, dim)
+        assert scale.shape == (num_experts, dim // 128, 128)
+        assert out.shape == (num_experts * 128, num_rows)
+        assert values.is_contiguous()
+        assert scale.is_contiguous()
+        assert out.is_contiguous()
+        fake._check((weight, weight_scale), counts)
+        out.fill_(torch.nan)
+        rows_scale = scale.transpose(1, 2).flatten(0, 1)
+        for expert, count in enumerate(counts.tolist()):
+            rows = slice(expert * 128, expert * 128 + count)
+            fake._multiply((values, rows_scale), (weight, weight_scale), out, rows, expert)
+
+    monkeypatch.setattr(deep_gemm.gluon_kernel, "can_run", lambda weight: True)
+    monkeypatch.setattr(deep_gemm.gluon_kernel, "multiply", multiply)
+    (case,) = [case for case in CASES if case.parameters == (*shape, torch.bfloat16)]
+    arguments = case.arguments()
+    got = deep_gemm.fp8_experts(*arguments)
+    assert fake.calls == 2 * [product]
     assert_close(got, _token_by_token(*arguments), case.rtol, case.atol)
 
 
