@@ -1,5 +1,5 @@
-"""fp8_experts of the released model in decode, a shared expert among them: our kernel and DeepGEMM side by side, as
-CUDA graphs, as in a server.
+"""fp8_experts of the released model in decode, a shared expert among them, as CUDA graphs, as in a server: the weights
+streamed, DeepGEMM's masked products between the same kernels, and the Triton kernel of very few tokens side by side.
 
 python -m baleen.kernels.fp8_experts.bench_fp8_experts FOLDER
 """
@@ -7,24 +7,25 @@ python -m baleen.kernels.fp8_experts.bench_fp8_experts FOLDER
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import deep_gemm
 import torch
 from torch import Tensor
 
 from baleen.kernels.bench_timing import BYTES_PER_MS, Result, report, time_all
-from baleen.kernels.fp8_experts import deep_gemm, reference, triton_kernel
-from baleen.kernels.fp8_quant import quantize_1x128
+from baleen.kernels.fp8_experts import deep_gemm as ours
+from baleen.kernels.fp8_experts import layout, reference, triton_kernel
+from baleen.kernels.fp8_quant import Quantized, quantize_1x128
 
 HIDDEN, WIDTH, TOP_K = 7168, 2048, 8
 # Experts, the shared one among them: tokens.
-SHAPES = {257: (16, 64, 128), 33: (16, 32, 64, 128)}
-# Rows of a weight in a program, stages of our kernel; the first is what it has.
-TILES = ((64, 4), (128, 3))
-TILED = (257, (64, 128))
+SHAPES = {257: (32, 64, 128), 33: (8, 16, 32, 64, 128)}
 
 
 def main() -> None:
+    ours.FEW_ROWS = 0  # streams whatever the tokens
     verdicts: dict[str, str] = {}
     results = []
     weights = _weights(max(SHAPES))
@@ -70,16 +71,38 @@ def _captured(function: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor
     return graph.replay, out
 
 
-def _with(module: Any, settings: dict[str, Any], function: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
-    """The function under other module constants, captured under them."""
-    kept = {name: getattr(module, name) for name in settings}
-    try:
-        for name, value in settings.items():
-            setattr(module, name, value)
-        return _captured(function)
-    finally:
-        for name, value in kept.items():
-            setattr(module, name, value)
+def _by_deep_gemm(
+    x: Quantized,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `ours`, but for the products."""
+    num_experts, _, width = down.shape
+    expected = -(-expert_ids.numel() // num_experts)
+    place = layout.masked(x, expert_ids, num_experts)
+    gated = _masked_product(place, place.values, place.scale, gate_up, gate_up_scale, expected)
+    values = torch.empty(gated.shape[0], width, dtype=torch.float8_e4m3fn, device="cuda")
+    scale = torch.empty(num_experts, width // 128, place.group, dtype=torch.float32, device="cuda")
+    triton_kernel.activate(gated, place.rows, expert_ids.numel(), values, scale)
+    products = _masked_product(place, values, scale, down, down_scale, expected)
+    return triton_kernel.weighted_sum(products, place.rows, expert_weights, dtype)
+
+
+def _masked_product(
+    place: layout.Layout, values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, expected: int
+) -> Tensor:
+    """[M, rows of the weight]. expected: rows of an expert on average."""
+    out = torch.empty(weight.shape[0], place.group, weight.shape[1], dtype=torch.bfloat16, device="cuda")
+    rows = values.view(weight.shape[0], place.group, -1)
+    deep_gemm.fp8_m_grouped_gemm_nt_masked(
+        (rows, scale.transpose(1, 2)), (weight, weight_scale), out, place.ends, expected
+    )
+    return out.flatten(0, 1)
 
 
 def _decode(tokens: int, weights: list[Tensor], verdicts: dict[str, str]) -> Result:
@@ -91,22 +114,15 @@ def _decode(tokens: int, weights: list[Tensor], verdicts: dict[str, str]) -> Res
     functions: dict[str, Callable[[], Any]] = {}
     errors = []
     expected = reference.fp8_experts(*arguments).double()
-
-    def add(name: str, module: Any, settings: dict[str, Any], function: Callable[[], Tensor]) -> None:
+    compared = {"streamed": ours.fp8_experts, "deep_gemm": _by_deep_gemm, "triton": triton_kernel.fp8_experts}
+    for name, function in compared.items():
         try:
-            replay, out = _with(module, settings, function)
+            replay, out = _captured(partial(function, *arguments))
             replay()
             errors.append(f"{name} {float((out.double() - expected).norm() / expected.norm()):.1e}")
             functions[name] = replay
-        except Exception as error:  # a tile that does not fit: the others go on
+        except Exception as error:  # the others go on
             print(f"{name}: {error}"[:300], flush=True)
-
-    settings = {"FEW_TOKENS": 0, "FEW_ROWS": 0}
-    add("deep_gemm", deep_gemm, settings, lambda: deep_gemm.fp8_experts(*arguments))
-    tiles = TILES if num_experts == TILED[0] and tokens in TILED[1] else TILES[:1]
-    for rows, stages in tiles:
-        settings = {"_ROWS": rows, "_OPTIONS": {"num_warps": 4, "num_stages": stages}}
-        add(f"triton {rows}", triton_kernel, settings, lambda: triton_kernel.fp8_experts(*arguments))
     verdicts[f"{shape}, error of the norm"] = ", ".join(errors)
     print(f"{shape}: errors {errors}", flush=True)
     return time_all(Result(shape, touched * 3 * HIDDEN * WIDTH / BYTES_PER_MS), functions)
