@@ -1,8 +1,8 @@
 """A first start on a GPU: several processes compile the kernels of the warm-up, which then finds them on disk.
 
 Each builds a model of one layer of each kind, with random weights, and runs shares of the warm-up's steps; the caches
-of Triton and DeepGEMM may be written by many. The FP8 products are shares of their own, a weight with all its numbers
-of tokens: in the steps they are left to the reference, or each step would compile most of the same ones again.
+of Triton and DeepGEMM may be written by many. The FP8 products are shares of their own, a layer with some numbers of
+tokens: in the steps they are left to the reference, or each step would compile most of the same ones again.
 
 Nothing depends on it: what a process that fails leaves uncompiled, the warm-up compiles.
 """
@@ -32,6 +32,7 @@ from baleen.config import FASTEST, PAGE_SIZE, Config, ModelConfig
 from baleen.kernels import compile_cache
 from baleen.messages import ScheduledBatch
 from baleen.model.layers import Activation, Linear
+from baleen.model.moe import MoE
 from baleen.runner.measurement import fill_cache
 from baleen.runner.model_runner import ModelRunner, empty_model, use_kernels
 from baleen.runner.warm_up import decode_shapes, prefill_steps
@@ -45,7 +46,7 @@ _CHILD = "import sys; sys.path[:] = {path!r}; from baleen.runner.compile_ahead i
 
 
 class Products(NamedTuple):
-    """The FP8 products of one linear layer. layer: its name in the model; sizes: numbers of tokens."""
+    """The FP8 products of a linear layer, or a mixture of experts. layer: its name in the model; sizes: of tokens."""
 
     layer: str
     sizes: tuple[int, ...]
@@ -120,18 +121,42 @@ def _cut_model(model: ModelConfig) -> ModelConfig:
 
 
 def shares(config: Config) -> list[Share]:
-    """Of a cut config, in the order in which they are handed out: what takes long first."""
+    """Of a cut config, in the order in which they are handed out: first those that compile most, one kernel after the
+    other, so that what they have in common is there for the rest.
+    """
     steps = list(prefill_steps(config, config.cache.max_total_tokens // PAGE_SIZE))
     longest, *others = sorted(steps, key=lambda step: -step.rows[0].num_tokens)
-    decode = [Decode(*shape) for shape in decode_shapes(config)]
-    sizes = sorted({step.rows[0].num_tokens for step in steps} | {shape.size for shape in decode}, reverse=True)
-    parts = [tuple(sizes[i : i + SIZES_OF_A_SHARE]) for i in range(0, len(sizes), SIZES_OF_A_SHARE)]
-    layers: dict[torch.Size, str] = {}
+    decode = sorted((Decode(*shape) for shape in decode_shapes(config)), reverse=True)
+    linear: dict[torch.Size, str] = {}
+    experts: list[str] = []
     for name, module in empty_model(config, torch.device("meta")).named_modules():
         if isinstance(module, Linear) and module.takes_fp8:
-            layers.setdefault(module.weight.shape, name)
-    products = [Products(layer, part) for part in parts for layer in layers.values()]
-    return [longest, *products, *others, *sorted(decode, reverse=True)]
+            linear.setdefault(module.weight.shape, name)
+        elif isinstance(module, MoE) and module.takes_fp8:
+            experts.append(name)
+    chunk = longest.rows[0].num_tokens
+    sizes = _sizes_of_products({step.rows[0].num_tokens for step in steps} | {shape.size for shape in decode})
+    parts = [tuple(sizes[i : i + SIZES_OF_A_SHARE]) for i in range(0, len(sizes), SIZES_OF_A_SHARE)]
+    products = [Products(layer, part) for part in parts for layer in linear.values()]
+    return [
+        longest,
+        *(Products(layer, (chunk, *sizes[-1:])) for layer in experts),
+        *decode[:1],
+        *decode[1:][-1:],
+        *others[-1:],
+        *products,
+        *others[:-1],
+        *decode[1:-1],
+    ]
+
+
+def _sizes_of_products(sizes: set[int]) -> list[int]:
+    """These numbers of tokens and some between, falling: DeepGEMM's choice of a kernel changes in smaller steps than
+    ours.
+    """
+    powers = [1 << i for i in range(4, max(sizes).bit_length())]
+    between = {power * quarters // 4 for power in powers for quarters in (5, 6, 7)}
+    return sorted(sizes | {size for size in between if size < max(sizes)}, reverse=True)
 
 
 def num_processes(config: Config, num_shares: int, free_bytes: int) -> int:
@@ -261,9 +286,10 @@ def run_share(runner: ModelRunner, config: Config, share: Share) -> None:
     if isinstance(share, Products):
         use_kernels(config.attention)
         layer = runner.model.get_submodule(share.layer)
-        assert isinstance(layer, Linear)
+        assert isinstance(layer, Linear | MoE)
+        width = layer.weight.shape[1] if isinstance(layer, Linear) else config.model.hidden_size
         for size in share.sizes:
-            x = torch.randn(size, layer.weight.shape[1], dtype=layer.dtype, device=runner.device)
+            x = torch.randn(size, width, dtype=getattr(torch, config.load.dtype), device=runner.device)
             layer(Activation(x))
     else:
         use_kernels(config.attention, fp8_gemm="reference")
