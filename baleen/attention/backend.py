@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from baleen.attention.absorbed import Latents, quantized_values, values
+from baleen.attention.absorbed import Attended, quantized_values, values
 from baleen.attention.batch import ForwardBatch, Group, group_batch
 from baleen.attention.beside import Beside
 from baleen.attention.kv_pool import KeyNorms, KVPool, PackedIndex
@@ -53,13 +53,14 @@ class Attention(Protocol):
         returns   [G*Q, H, ...], rope applied
         """
 
-    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Latents | Tensor:
+    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Attended:
         """Attention of a group's query tokens to what is selected for them.
 
         q          as `queries` returns them
         kv_b       [H, nope + v, latent]
         selection  in its form; None: every position up to the query's own
-        returns    [G*Q, H, v], or in the absorbed form the latents [G*Q, H, latent] that are still to become that
+        returns    [G*Q, H, v], or in the absorbed form the latents [G*Q, H, latent] that are still to become that, or
+                   parts of them
         """
 
 
@@ -186,9 +187,7 @@ class AttentionBackend:
         attended = self._attended(layer, metadata.groups[0], queries[0], kv_b, selection[0])
         return quantized_values(attended, kv_b, self.pool.nope_dim)
 
-    def _attended(
-        self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None
-    ) -> Latents | Tensor:
+    def _attended(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Attended:
         chosen = group.everything if selection is None else selection
         return self._attention(group).attend(layer, group, q, kv_b, chosen)
 

@@ -12,7 +12,7 @@ from flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_meta
 from torch import Tensor
 from torch.nn.functional import pad
 
-from baleen.attention.absorbed import Latents, absorb, position_slots
+from baleen.attention.absorbed import Attended, Latents, absorb, few_in_parts, position_slots
 from baleen.attention.batch import Group
 from baleen.attention.kv_pool import KVPool, PackedLatent
 from baleen.attention.selection import Form, visible_positions
@@ -61,7 +61,9 @@ class FlashMlaSparse:
 
 
 class FlashMlaKv:
-    """See `backend.Attention`. Reads the 656-byte rows of the fp8 cache."""
+    """See `backend.Attention`. Reads the 656-byte rows of the fp8 cache. A few tokens go to our own kernel, whose parts
+    are added up with what follows, where FlashMLA adds them up in a launch of its own.
+    """
 
     def __init__(self, pool: KVPool, softmax_scale: float, dense_prefill_threshold: int) -> None:
         self.pool = pool
@@ -79,11 +81,14 @@ class FlashMlaKv:
     def everything(self, group: Group) -> Tensor:
         return _indices(position_slots(group, visible_positions(group)))
 
-    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Latents:
+    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Attended:
         """See `backend.Attention.attend`."""
         assert selection is not None
         rows = self.pool.latent[layer]
         assert isinstance(rows, PackedLatent)
+        parts = few_in_parts(group, q[:, : kv_b.shape[0]], rows, selection, self.softmax_scale)
+        if parts is not None:
+            return parts
         indices = _indices(selection).unsqueeze(1)
         schedule = get_mla_metadata()[0]
         if group.is_decode:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from baleen.attention import absorbed
 from baleen.attention import backend as backend_module
 from baleen.attention.test_backend import CASES, MODEL, Requests, make
+from baleen.kernels.fp8_quant import dequantize_1x128
 from baleen.kernels.kv_store.cases import latent_views
 from baleen.kernels.kv_store.reference import gather_latent_fp8
 from baleen.kernels.sparse_mla.reference import sparse_mla
@@ -93,3 +95,26 @@ def test_equals_the_reference(
     kinds = {name: name.removeprefix("flashmla_") for name in (prefill, decode)}
     wanted = {kinds[decode if q == 1 else prefill] for q in requests.q_lens}
     assert set(flash_mla.calls) == wanted
+
+
+@pytest.mark.parametrize("decode", ["flashmla_kv", "triton"])
+@pytest.mark.parametrize("length", [5, 200])
+def test_one_token_is_attended_in_parts(
+    flash_mla: FakeFlashMla, monkeypatch: pytest.MonkeyPatch, decode: str, length: int
+) -> None:
+    """Where our own kernel makes them, by its reference here; two tokens are not."""
+    monkeypatch.setattr(absorbed, "has_fast_parts", lambda q, values: True)
+    made, parts_of = [], absorbed.sparse_mla_fp8_parts
+    monkeypatch.setattr(
+        absorbed, "sparse_mla_fp8_parts", lambda q, *others: made.append(len(q)) or parts_of(q, *others)
+    )
+    for lengths in ([length], [length, 33]):
+        requests = Requests(lengths, [1] * len(lengths))
+        expected, _ = requests.run(make(requests, threshold=0, kv="fp8_e4m3"))
+        backend = make(requests, threshold=0, kv="fp8_e4m3")
+        backend._decode = backend_module._load(decode)(backend.pool, MODEL.softmax_scale, 0)
+        selected = requests.select(backend)
+        torch.testing.assert_close(backend.attend(*selected), expected, rtol=1e-4, atol=1e-5)
+        rows = dequantize_1x128(*backend.attend_quantized(*selected))
+        torch.testing.assert_close(rows, expected.flatten(1), rtol=0.07, atol=0.01)
+    assert made == [1, 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from baleen.attention.absorbed import Latents, absorb, position_slots
+from baleen.attention.absorbed import Attended, Latents, absorb, few_in_parts, position_slots
 from baleen.attention.batch import Group
 from baleen.attention.kv_pool import KVPool, PackedLatent
 from baleen.attention.selection import Form, visible_positions
@@ -27,11 +27,14 @@ class TritonAttention:
     def queries(self, group: Group, q: Tensor, cos: Tensor, sin: Tensor, kv_b: Tensor) -> Tensor:
         return absorb(q, cos, sin, kv_b)
 
-    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Latents:
+    def attend(self, layer: int, group: Group, q: Tensor, kv_b: Tensor, selection: Tensor | None) -> Attended:
         """See `backend.Attention.attend`."""
         assert selection is not None
         rows = self.pool.latent[layer]
         if isinstance(rows, PackedLatent):
+            parts = few_in_parts(group, q, rows, selection, self.softmax_scale)
+            if parts is not None:
+                return parts
             out = sparse_mla_fp8(q, rows.values, rows.scales, rows.rope, selection, self.softmax_scale)
         else:
             out = sparse_mla(q, rows, selection, self.softmax_scale, self.pool.latent_dim)

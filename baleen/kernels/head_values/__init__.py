@@ -1,6 +1,6 @@
 """What MLA's absorbed attention found in the latent space, taken out of it for each head.
 
-Imports: kernels.{dispatch,fp8_quant,pdl}.
+Imports: kernels.{dispatch,fp8_quant,pdl,sparse_mla}.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from baleen.kernels.dispatch import Op
 from baleen.kernels.fp8_quant import Quantized
+from baleen.kernels.sparse_mla import Parts
 
 IMPLEMENTATIONS = {
     "triton": "baleen.kernels.head_values.triton_kernel:head_values_quant",
@@ -17,6 +18,7 @@ IMPLEMENTATIONS = {
 
 _head_values = Op(IMPLEMENTATIONS, "head_values")
 _head_values_quant = Op(IMPLEMENTATIONS)
+_part_values_quant = Op(IMPLEMENTATIONS, "part_values_quant")
 
 
 def head_values(attended: Tensor, w_v: Tensor) -> Tensor:
@@ -40,4 +42,16 @@ def head_values_quant(attended: Tensor, w_v: Tensor) -> Quantized:
     Cost:   reads w_v once; the rows are not written before they are quantised.
     """
     result: Quantized = _head_values_quant(attended, w_v)
+    return result
+
+
+def part_values_quant(parts: Parts, w_v: Tensor) -> Quantized:
+    """head_values_quant of parts, joined and rounded to w_v's dtype; of their heads the first, as many as w_v has.
+
+    parts  of T tokens, the latent as wide as w_v's
+    w_v    as of head_values
+    Error:  as of head_values_quant.
+    Cost:   reads the parts once, and w_v once for each token: for a few of them.
+    """
+    result: Quantized = _part_values_quant(*parts, w_v)
     return result

@@ -46,6 +46,35 @@ def _attended(
     return wider[:, :heads], kv_b.to(dtype)[:, 128:]
 
 
+def _parts(
+    numbers: Callable[..., tuple[Tensor, Tensor]],
+    tokens: int,
+    parts: int,
+    heads: int,
+    latent: int,
+    dtype: torch.dtype,
+    g: torch.Generator,
+) -> tuple[Any, ...]:
+    """Some parts have no row, of the last token all; one head more than the weight has. exact: totals that add up to a
+    power of two, and equal maxima.
+    """
+    attended, kv_b = numbers(tokens, heads + 1, latent, 256, g)
+    maxima = (
+        torch.zeros(tokens, parts, heads + 1)
+        if numbers is exact
+        else 3 * torch.randn(tokens, parts, heads + 1, generator=g)
+    )
+    totals = torch.ones(maxima.shape)
+    empty = torch.rand(maxima.shape, generator=g) < 1 / 3
+    empty[:, 0] = False
+    totals[empty] = 0
+    totals[:, 0] = 64 - totals[:, 1:].sum(1)
+    sums = attended[:, None] * totals[..., None]
+    empty[-1] = True
+    sums[empty], maxima[empty], totals[empty] = 0, -1e30, 0
+    return sums, maxima, totals, kv_b[:heads].to(dtype)[:, 128:]
+
+
 _F32, _BF16 = torch.float32, torch.bfloat16
 _TOKENS = ((1, 3), (5, 2), (16, 2), (17, 3), (40, 2), (70, 2), (128, 1), (130, 1), (0, 2))
 # Enough heads for tiles of more tokens.
@@ -74,4 +103,10 @@ CASES = [
         )
     ),
     *(Case("head_values_quant", _attended, (normal, *shape, 128, 512, 0, _BF16), flips=2e-3) for shape in _WIDE),
+    *(
+        Case("part_values_quant", _parts, (numbers, *shape, dtype), flips=flips)
+        for dtype in (_F32, _BF16)
+        for numbers, flips in ((normal, 4e-3), (exact, 0.0))
+        for shape in ((1, 1, 2, 512), (2, 32, 3, 512), (3, 13, 2, 128), (4, 16, 1, 256), (2, 3, 2, 96))
+    ),
 ]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from baleen.kernels.fp8_quant import Quantized
 from baleen.kernels.fp8_quant.reference import quantize_1x128
+from baleen.kernels.sparse_mla import Parts
 
 
 def head_values(attended: Tensor, w_v: Tensor) -> Tensor:
@@ -17,3 +18,8 @@ def head_values(attended: Tensor, w_v: Tensor) -> Tensor:
 
 def head_values_quant(attended: Tensor, w_v: Tensor) -> Quantized:
     return quantize_1x128(head_values(attended, w_v).flatten(1))
+
+
+def part_values_quant(sums: Tensor, maxima: Tensor, totals: Tensor, w_v: Tensor) -> Quantized:
+    attended = Parts(sums, maxima, totals).join()[:, : w_v.shape[0]]
+    return head_values_quant(attended.to(w_v.dtype), w_v)

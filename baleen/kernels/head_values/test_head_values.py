@@ -33,7 +33,18 @@ def _head_values_quant(attended: Tensor, w_v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(values, 1), torch.stack(scales, 1)
 
 
-ORACLES = {"head_values": _head_values, "head_values_quant": _head_values_quant}
+def _part_values_quant(sums: Tensor, maxima: Tensor, totals: Tensor, w_v: Tensor) -> tuple[Tensor, Tensor]:
+    factors = torch.exp2(maxima.double() - maxima.double().amax(1, keepdim=True))
+    joined = torch.einsum("tph,tphl->thl", factors, sums.double())
+    joined /= torch.einsum("tph,tph->th", factors, totals.double()).clamp_min(1e-30)[..., None]
+    return _head_values_quant(joined[:, : w_v.shape[0]].to(w_v.dtype), w_v)
+
+
+ORACLES = {
+    "head_values": _head_values,
+    "head_values_quant": _head_values_quant,
+    "part_values_quant": _part_values_quant,
+}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

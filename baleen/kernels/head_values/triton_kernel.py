@@ -62,6 +62,36 @@ def head_values_quant(attended: Tensor, w_v: Tensor) -> Quantized:
     return out
 
 
+def part_values_quant(sums: Tensor, maxima: Tensor, totals: Tensor, w_v: Tensor) -> Quantized:
+    num_tokens, num_parts, num_heads, latent = sums.shape
+    fits = w_v.shape[1] == _VALUE and latent in (128, 256, 512) and w_v.stride(2) == 1 and sums.is_contiguous()
+    runs = triton.knobs.runtime.interpret or sums.is_cuda
+    if not fits or not runs or not num_tokens or w_v.dtype not in (torch.bfloat16, torch.float32):
+        return reference.part_values_quant(sums, maxima, totals, w_v)
+    out = empty_quantized(torch.Size((num_tokens, w_v.shape[0] * _VALUE)), sums.device)
+    _part_values_quant[(w_v.shape[0], num_tokens)](
+        sums,
+        maxima.contiguous(),
+        totals.contiguous(),
+        w_v,
+        out.values,
+        out.scale,
+        num_parts,
+        num_heads,
+        w_v.stride(0),
+        w_v.stride(1),
+        column_stride(num_tokens),
+        DIM=latent,
+        WIDTH=w_v.shape[0] * _VALUE,
+        PARTS=triton.next_power_of_2(num_parts),
+        BLOCK=64,
+        num_warps=8,
+        maxnreg=128,  # two on a multiprocessor
+        **pdl.launch(sums),
+    )
+    return out
+
+
 def _runs(x: Tensor, weight: Tensor) -> bool:
     # The interpreter has no products of bfloat16, a GPU has no room for float32.
     interprets = bool(triton.knobs.runtime.interpret)
@@ -120,3 +150,54 @@ def _head_values_quant(  # type: ignore[no-untyped-def]
     block = tl.where(inside, head, WIDTH // 128)
     columns = block[:, None] * 128 + value[None, :]
     store_quantized(rounded, values + token[:, None] * WIDTH, scale + token, block, columns, scale_stride, WIDTH)
+
+
+@triton.jit(do_not_specialize=["num_parts", "num_heads", "scale_stride"])
+def _part_values_quant(  # type: ignore[no-untyped-def]
+    sums,
+    maxima,
+    totals,
+    weight,
+    values,
+    scale,
+    num_parts,
+    num_heads,
+    weight_head,
+    weight_row,
+    scale_stride,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One head of one token. Its weight is asked for, to the L2 cache, while the parts are still made: so small a
+    program that all of them find a place beside those.
+
+    sums [T, num_parts, num_heads, DIM], maxima and totals [T, num_parts, num_heads] contiguous
+    """
+    head, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    value, part, inner = tl.arange(0, 128), tl.arange(0, PARTS), tl.arange(0, BLOCK)
+    rows = weight + head.to(tl.int64) * weight_head + value[:, None] * weight_row
+    if PDL:
+        lines = rows + tl.arange(0, DIM // 64)[None, :] * 64  # of 128 bytes
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+        )
+    pdl.begin(PDL)
+    row = (token * num_parts + part) * num_heads + head
+    inside = part < num_parts
+    largest = tl.load(maxima + row, mask=inside, other=-1e30)
+    factor = tl.exp2(largest - tl.max(largest, axis=0))
+    total = tl.sum(factor * tl.load(totals + row, mask=inside, other=0.0), axis=0)
+    factor /= tl.where(total > 0, total, 1.0)
+    products = tl.zeros((128, BLOCK), dtype=tl.float32)
+    for start in tl.static_range(0, DIM, BLOCK):
+        run = tl.load(sums + row[:, None] * DIM + (start + inner)[None, :], mask=inside[:, None], other=0.0)
+        w = tl.load(rows + (start + inner)[None, :])
+        attended = tl.sum(factor[:, None] * run, axis=0).to(weight.dtype.element_ty).to(tl.float32)
+        products += w.to(tl.float32) * attended[None, :]
+    rounded = tl.sum(products, axis=1).to(weight.dtype.element_ty).to(tl.float32)
+    block = head + tl.zeros((1,), dtype=tl.int32)
+    columns = block[:, None] * 128 + value[None, :]
+    store_quantized(rounded[None, :], values + token * WIDTH, scale + token, block, columns, scale_stride, WIDTH)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from baleen.kernels.dispatch import Op
@@ -14,6 +17,27 @@ IMPLEMENTATIONS = {
 
 _sparse_mla = Op(IMPLEMENTATIONS)
 _sparse_mla_fp8 = Op(IMPLEMENTATIONS, "sparse_mla_fp8")
+_sparse_mla_fp8_parts = Op(IMPLEMENTATIONS, "sparse_mla_fp8_parts")
+
+
+class Parts(NamedTuple):
+    """What a token's heads attended to, before it is added up over P parts of the token's rows.
+
+    sums    float32 [T, P, H, Dl]: the part's rows, each times 2^(score - maximum); a score is scale * q . row * log2(e)
+    maxima  float32 [T, P, H]: the largest score, of no row a very small number
+    totals  float32 [T, P, H]: what 2^(score - maximum) add up to, 0 of no row
+    """
+
+    sums: Tensor
+    maxima: Tensor
+    totals: Tensor
+
+    def join(self) -> Tensor:
+        """What sparse_mla gives, float32 [T, H, Dl]."""
+        factors = torch.exp2(self.maxima - self.maxima.amax(1, keepdim=True))
+        total = (factors * self.totals).sum(1)
+        joined = (factors[..., None] * self.sums).sum(1)
+        return joined / torch.where(total > 0, total, 1.0)[..., None]
 
 
 def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, scale: float, d_v: int) -> Tensor:
@@ -43,3 +67,15 @@ def sparse_mla_fp8(q: Tensor, values: Tensor, scales: Tensor, rope: Tensor, indi
     Error:   as sparse_mla, cost and scratch too. Scales that are no powers of two below 256 may be rounded to bfloat16.
     """
     return _sparse_mla_fp8(q, values, scales, rope, indices, scale)
+
+
+def sparse_mla_fp8_parts(
+    q: Tensor, values: Tensor, scales: Tensor, rope: Tensor, indices: Tensor, scale: float
+) -> Parts:
+    """sparse_mla_fp8 of a few tokens, not yet added up: for whoever reads it next anyway, as `head_values` does.
+
+    Arguments as of sparse_mla_fp8; how many parts there are is the implementation's choice.
+    Error:  as sparse_mla_fp8, without the rounding of the result.     Cost: the same, and writes the parts.
+    """
+    result: Parts = _sparse_mla_fp8_parts(q, values, scales, rope, indices, scale)
+    return result

@@ -141,7 +141,13 @@ def attend_fp8(  # type: ignore[no-untyped-def]
     ROW: gl.constexpr,
     SPLIT: gl.constexpr,
 ):
-    """attend over FP8 rows, ROW bytes apart: values e4m3, as int32 words, 4 scales float32, rope bfloat16."""
+    """attend over FP8 rows, ROW bytes apart: values e4m3, as int32 words, 4 scales float32, rope bfloat16. Who adds up
+    the parts may start up at once: see kernels/pdl.py.
+    """
+    if SPLIT:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
     token, head, chosen, begin, end = _share(indices, index_token, num_selected, num_heads, per_part)
     q_latent = gl.allocate_shared_memory(gl.bfloat16, [HEADS, LATENT], TILE)
     q_rope = gl.allocate_shared_memory(gl.bfloat16, [HEADS, ROPE], TILE)

@@ -10,28 +10,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baleen.kernels.sparse_mla import gluon_kernel, triton_kernel
+from baleen.kernels.sparse_mla import Parts, gluon_kernel, reference, triton_kernel
 from baleen.kernels.sparse_mla.shares import empty_parts, multiprocessors, shares
 
 _HEADS, _KEYS, _LATENT, _ROPE = 64, 64, 512, 64
 _BLOCKS = 4
 _BF16_OPTIONS = {"HOLD_ROPE": True}
-_LOG2_E = 1.4426950408889634
 
 
 def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, scale: float, d_v: int) -> Tensor:
     if d_v != _LATENT or not _fits(q) or not _copies(kv, torch.bfloat16, 8):
         return triton_kernel.sparse_mla(q, kv, indices, scale, d_v)
-    return _launch(gluon_kernel.attend, q, (kv,), kv.stride(0), indices, scale, _BF16_OPTIONS)
+    return _attend(gluon_kernel.attend, q, (kv,), kv.stride(0), indices, scale, _BF16_OPTIONS)
 
 
 def sparse_mla_fp8(q: Tensor, values: Tensor, scales: Tensor, rope: Tensor, indices: Tensor, scale: float) -> Tensor:
+    if not _fits(q) or not _is_packed(values, scales, rope):
+        return triton_kernel.sparse_mla_fp8(q, values, scales, rope, indices, scale)
+    rows = (values.view(torch.int32), scales, rope)
+    return _attend(gluon_kernel.attend_fp8, q, rows, values.stride(0), indices, scale, {})
+
+
+def sparse_mla_fp8_parts(
+    q: Tensor, values: Tensor, scales: Tensor, rope: Tensor, indices: Tensor, scale: float
+) -> Parts:
+    if not q.shape[0] or not _fits(q) or not _is_packed(values, scales, rope):
+        return reference.sparse_mla_fp8_parts(q, values, scales, rope, indices, scale)
+    rows = (values.view(torch.int32), scales, rope)
+    parts = _launch(gluon_kernel.attend_fp8, q, rows, values.stride(0), indices, scale, {}, None)
+    assert parts is not None
+    return parts
+
+
+def _is_packed(values: Tensor, scales: Tensor, rope: Tensor) -> bool:
+    """True if these are views of one row, as kv_store makes them."""
     row = values.stride(0)
     fits = values.shape[1] == _LATENT and scales.shape[1] == _BLOCKS and scales.stride() == (row // 4, 1)
     fits = fits and _copies(values, torch.float8_e4m3fn, 16) and _copies(rope, torch.bfloat16, 8)
-    if not fits or rope.stride(0) != row // 2 or scales.data_ptr() % 16 or not _fits(q):
-        return triton_kernel.sparse_mla_fp8(q, values, scales, rope, indices, scale)
-    return _launch(gluon_kernel.attend_fp8, q, (values.view(torch.int32), scales, rope), row, indices, scale, {})
+    return fits and rope.stride(0) == row // 2 and scales.data_ptr() % 16 == 0
 
 
 def _fits(q: Tensor) -> bool:
@@ -48,7 +64,7 @@ def _copies(rows: Tensor, dtype: torch.dtype, multiple: int) -> bool:
     return rows.dtype == dtype and rows.stride(1) == 1 and rows.stride(0) % multiple == 0 and rows.data_ptr() % 16 == 0
 
 
-def _launch(
+def _attend(
     kernel: Any,
     q: Tensor,
     rows: tuple[Tensor, ...],
@@ -57,38 +73,54 @@ def _launch(
     scale: float,
     options: dict[str, bool],
 ) -> Tensor:
+    out = torch.empty(*q.shape[:2], _LATENT, dtype=q.dtype, device=q.device)
+    if out.numel():
+        parts = _launch(kernel, q, rows, row, indices, scale, options, out)
+        if parts is not None:
+            triton_kernel.combine(*parts, out)
+    return out
+
+
+def _launch(
+    kernel: Any,
+    q: Tensor,
+    rows: tuple[Tensor, ...],
+    row: int,
+    indices: Tensor,
+    scale: float,
+    options: dict[str, bool],
+    out: Tensor | None,
+) -> Parts | None:
+    """The parts; None if there is one, which is written to out, if there is that."""
     num_tokens, num_heads, _ = q.shape
-    out = torch.empty(num_tokens, num_heads, _LATENT, dtype=q.dtype, device=q.device)
-    if not out.numel():
-        return out
     if q.stride(2) != 1 or q.stride(0) % 16 or q.stride(1) % 16 or q.data_ptr() % 16:
         q = q.contiguous()
     if indices.stride(1) != 1:
         indices = indices.contiguous()
     num_selected = indices.shape[1]
     programs = num_tokens * -(-num_heads // _HEADS)
-    parts, per_part = shares(programs, num_selected, _KEYS, multiprocessors(q.device))
-    partial = empty_parts(out, parts)
-    kernel[(programs, parts)](
+    count, per_part = shares(programs, num_selected, _KEYS, multiprocessors(q.device))
+    parts = None
+    if count > 1 or out is None:
+        parts = empty_parts((num_tokens, count, num_heads, _LATENT), q.device)
+    kernel[(programs, count)](
         q,
         *rows,
         indices,
         out,
-        *partial,
+        *(parts or (None, None, None)),
         num_selected,
         num_heads,
         per_part,
-        scale * _LOG2_E,
+        scale * reference.LOG2_E,
         q.stride(0),
         q.stride(1),
-        out.stride(0),
-        out.stride(1),
+        num_heads * _LATENT,
+        _LATENT,
         indices.stride(0),
         ROW=row,
-        SPLIT=parts > 1,
+        SPLIT=parts is not None,
         num_warps=gluon_kernel.NUM_WARPS,
         **options,
     )
-    if parts > 1:
-        triton_kernel.combine(*partial, out)
-    return out
+    return parts

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from baleen.kernels.kv_store.reference import gather_latent_fp8
+from baleen.kernels.sparse_mla import Parts
 
 # The gathered rows of one chunk of tokens, as float32.
 SCRATCH_BYTES = 8 << 20
+LOG2_E = 1.4426950408889634
+LEAST = -1e30  # the largest score of no row
 
 # (rows [N] int64, buffer float32 [N, Dl+Dr]) -> the rows of the cache as float32 [N, Dl+Dr], in the buffer or not
 Gather = Callable[[Tensor, Tensor], Tensor]
@@ -30,6 +33,20 @@ def sparse_mla_fp8(q: Tensor, values: Tensor, scales: Tensor, rope: Tensor, indi
         return gather_latent_fp8(values, scales, rope, rows)
 
     return _attend(q, gather, indices, scale, values.shape[1])
+
+
+def sparse_mla_fp8_parts(
+    q: Tensor, values: Tensor, scales: Tensor, rope: Tensor, indices: Tensor, scale: float
+) -> Parts:
+    """One part."""
+    missing = indices < 0
+    rows = gather_latent_fp8(values, scales, rope, indices.clamp_min(0).flatten()).unflatten(0, indices.shape)
+    rows = rows.masked_fill(missing[..., None], 0.0)
+    scores = torch.bmm(q.float() * (scale * LOG2_E), rows.transpose(1, 2)).masked_fill_(missing[:, None], -torch.inf)
+    maxima = scores.amax(-1).clamp_min(LEAST)
+    weights = torch.exp2(scores - maxima[..., None])
+    sums = torch.bmm(weights, rows[..., : values.shape[1]])
+    return Parts(sums[:, None], maxima[:, None], weights.sum(-1)[:, None])
 
 
 def _attend(q: Tensor, gather: Gather, indices: Tensor, scale: float, d_v: int) -> Tensor:

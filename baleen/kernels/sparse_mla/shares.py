@@ -7,6 +7,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from baleen.kernels.dispatch import available
+from baleen.kernels.sparse_mla import IMPLEMENTATIONS, Parts
+
 MOST_PARTS = 64
 
 
@@ -32,14 +35,19 @@ def shares(programs: int, num_selected: int, keys: int, at_once: int) -> tuple[i
     return -(-num_tiles // tiles), tiles * keys
 
 
-def empty_parts(out: Tensor, parts: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """For out [T, H, Dl]: sums before the division [T, parts, H, Dl], largest scores and totals [T, parts, H], float32.
+def empty_parts(shape: tuple[int, int, int, int], device: torch.device) -> Parts:
+    """shape: of the sums, [T, parts, H, Dl]."""
+    maxima, totals = torch.empty(2, *shape[:3], dtype=torch.float32, device=device)
+    return Parts(torch.empty(shape, dtype=torch.float32, device=device), maxima, totals)
 
-    None if there is one part, which writes out itself.
-    """
-    if parts == 1:
-        return None, None, None
-    num_tokens, num_heads, d_v = out.shape
-    sums = torch.empty(num_tokens, parts, num_heads, d_v, dtype=torch.float32, device=out.device)
-    maxima, totals = torch.empty(2, num_tokens, parts, num_heads, dtype=torch.float32, device=out.device)
-    return sums, maxima, totals
+
+def has_fast_parts(q: Tensor, values: Tensor) -> bool:
+    """True if sparse_mla_fp8_parts of these is no slower than sparse_mla_fp8: on Hopper, of the released dims."""
+    released = q.dtype == torch.bfloat16 and q.shape[2] == 576 and values.shape[1] == 512
+    return released and _has_hopper_kernels(q.device)
+
+
+@lru_cache
+def _has_hopper_kernels(device: torch.device) -> bool:
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return hopper and "hopper" in available(IMPLEMENTATIONS)

@@ -255,8 +255,10 @@ _INSTRUCTIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _assembly(text: str, constraints: str, arguments: list[Value], **options: Any) -> tuple[Value, Value]:
-    """PTX on 32-bit words with two results."""
+def _assembly(text: str, constraints: str, arguments: list[Value], **options: Any) -> tuple[Value, Value] | None:
+    """PTX on 32-bit words with two results; a permission to the next kernel has none."""
+    if text.startswith("griddepcontrol.launch_dependents;"):
+        return None
     registers = {"$2": arguments[0].data.long() & 0xFFFFFFFF, "$3": arguments[1].data.long() & 0xFFFFFFFF}
     for line in text.strip("{} \n").split(";"):
         name, _, operands = line.strip().partition(" ")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from baleen.kernels.dispatch import available, find
 from baleen.kernels.sparse_mla import IMPLEMENTATIONS, reference, sparse_mla, sparse_mla_fp8
+from baleen.kernels.sparse_mla import shares as shares_module
 from baleen.kernels.sparse_mla.cases import CASES, fp8_attention, int32_attention
-from baleen.kernels.sparse_mla.shares import shares
+from baleen.kernels.sparse_mla.shares import has_fast_parts, shares
 from baleen.kernels.testing import Case, check, largest_scratch, to_device
 
 
@@ -38,6 +39,30 @@ def _loops_fp8(q: Tensor, values: Tensor, scales: Tensor, rope: Tensor, indices:
 @pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
 def test_against_loops(implementation: str, case: Case) -> None:
     check(IMPLEMENTATIONS, implementation, case, {"sparse_mla": _loops, "sparse_mla_fp8": _loops_fp8}[case.function])
+
+
+FP8_CASES = [case for case in CASES if case.function == "sparse_mla_fp8"]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("case", FP8_CASES, ids=str)
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
+def test_parts_add_up(implementation: str, case: Case, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    function = find(IMPLEMENTATIONS, implementation, "sparse_mla_fp8_parts")
+    if function is None:
+        return
+    arguments = case.arguments()
+    parts = function(*(to_device(arguments, device) if device == "cuda" else arguments))
+    maxima, totals = parts.maxima.double(), parts.totals.double()
+    factors = np.exp2((maxima - maxima.amax(1, keepdim=True)).cpu().numpy())
+    total = (factors * totals.cpu().numpy()).sum(1)
+    summed = np.einsum("tph,tphl->thl", factors, parts.sums.double().cpu().numpy())
+    expected = _loops_fp8(*arguments)
+    tolerance = {"rtol": case.rtol, "atol": case.atol}
+    np.testing.assert_allclose(summed / np.where(total > 0, total, 1)[..., None], expected, **tolerance)
+    np.testing.assert_allclose(parts.join().cpu().numpy(), expected, **tolerance)
 
 
 @pytest.mark.gpu
@@ -159,3 +184,13 @@ def test_scratch_stays_small() -> None:
     q, kv = torch.randn(64, 2, 128), torch.randn(4096, 128)
     indices = torch.randint(0, 4096, (64, 2048))
     assert largest_scratch(sparse_mla, q, kv, indices, 0.1, 96) <= 8 << 20
+
+
+def test_parts_are_made_where_the_hopper_kernel_takes_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shares_module, "_has_hopper_kernels", lambda device: True)
+    q, values = torch.empty(1, 8, 576, dtype=torch.bfloat16), torch.empty(9, 512)
+    assert has_fast_parts(q, values)
+    assert not has_fast_parts(q.float(), values)
+    assert not has_fast_parts(q[..., :80], values[:, :64])
+    monkeypatch.undo()
+    assert not has_fast_parts(q, values), "a CPU's torch"

@@ -53,14 +53,14 @@ def _launch(
     num_selected = indices.shape[1]
     programs = num_tokens * triton.cdiv(num_heads, _OPTIONS["HEADS"])
     parts, per_part = shares(programs, num_selected, _OPTIONS["KEYS"], 4 * multiprocessors(q.device))
-    partial = empty_parts(out, parts)
+    partial = empty_parts((num_tokens, parts, num_heads, d_v), q.device) if parts > 1 else None
     rope_dim = dim - d_v
     _attend[(programs, parts)](
         q,
         *rows,
         indices,
         out,
-        *partial,
+        *(partial or (None, None, None)),
         num_selected,
         num_heads,
         per_part,
@@ -76,17 +76,16 @@ def _launch(
         ROPE_TILE=max(triton.next_power_of_2(rope_dim), 16),
         QUANT_BLOCK=_QUANT_BLOCK,
         FP8=FP8,
-        SPLIT=parts > 1,
+        SPLIT=partial is not None,
         **_OPTIONS,
     )
-    if parts > 1:
+    if partial is not None:
         combine(*partial, out)
     return out
 
 
-def combine(sums: Tensor | None, maxima: Tensor | None, totals: Tensor | None, out: Tensor) -> None:
-    """Adds up what `shares.empty_parts` was filled with."""
-    assert sums is not None
+def combine(sums: Tensor, maxima: Tensor, totals: Tensor, out: Tensor) -> None:
+    """Adds up `Parts`."""
     num_tokens, parts, num_heads, d_v = sums.shape
     padded = triton.next_power_of_2(parts)
     tile = min(max(triton.next_power_of_2(d_v), 16), 8192 // padded)
