@@ -42,7 +42,7 @@ ifeq ($(GPU),)
 	$(PY) benchmarks/cpu.py
 else
 	$(PY) benchmarks/gpu_targets.py --out $(OUT)
-	for file in baleen/kernels/*/bench_*.py; do PYTHONPATH=. $(PY) $$file $(OUT) || exit; done
+	for file in baleen/kernels/*/bench_*.py; do PYTHONPATH=. $(PY) -P $$file $(OUT) || exit; done
 endif
 
 clean:

@@ -45,9 +45,7 @@ def can_run(weight: Tensor) -> bool:
     return weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] == 9
 
 
-def multiply(
-    values: Tensor, scale: Tensor, counts: Tensor, weight: Tensor, weight_scale: Tensor, out: Tensor
-) -> None:
+def multiply(values: Tensor, scale: Tensor, counts: Tensor, weight: Tensor, weight_scale: Tensor, out: Tensor) -> None:
     """out[row] = values[row] times the weight of the row's expert: e for rows ROOM * e to ROOM * e + counts[e].
 
     values  float8_e4m3fn [ROOM * E, K], scale float32 [E, K/128, ROOM]; counts int32 [E]
@@ -95,7 +93,9 @@ def _store_layout(tokens):  # type: ignore[no-untyped-def]
 @gluon.jit
 def _wait_for_kernels_before(PDL: gl.constexpr):  # type: ignore[no-untyped-def]
     if PDL:
-        gl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+        gl.inline_asm_elementwise(
+            "griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
 
 
 @gluon.jit

@@ -1,8 +1,9 @@
-"""Rows laid out by expert, as DeepGEMM's grouped products take them, in Triton. Nothing here waits for the device.
+"""Rows laid out by expert, as the grouped products take them, in Triton. Nothing here waits for the device.
 
-Masked: each expert has room for MASKED_TOKENS rows, and a count says how many came; one kernel. Joined: the experts'
-rows follow one another, each expert's from a multiple of the product's block on; three kernels, for any number of
-tokens. Scales are written as the products take them, column-major: no kernel turns them afterwards.
+Masked, for our own: each expert has room for MASKED_TOKENS rows, and a count says how many came; one kernel. Joined,
+for DeepGEMM's: the experts' rows follow one another, each expert's from a multiple of the product's block on; three
+kernels, for any number of tokens. Scales are written as the products take them, column-major: no kernel turns them
+afterwards.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from baleen.kernels import pdl
 from baleen.kernels.fp8_quant import Quantized
 
-MASKED_TOKENS = 128  # the largest block of the masked product's rows: no block runs into the next expert's
+MASKED_TOKENS = 128  # the most columns that a tile of the product has
 _CHUNK = 32  # tokens counted together in the joined layout
 _WORDS = 2048  # of 4 bytes, copied at a time
 
