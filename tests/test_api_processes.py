@@ -218,6 +218,7 @@ def test_sigterm_drains_all(checkpoint: Path) -> None:
     with serve(checkpoint, *FLAGS) as server:
         wait_until(lambda: len(children(server)) == 2)
         answers(server, other(server))
+        answers(server, server.process.pid)
         streams = at_each(server, num_tokens=400)
         pids = children(server)
         server.process.send_signal(signal.SIGTERM)
@@ -232,6 +233,7 @@ def test_a_dead_engine_ends_all(checkpoint: Path, tmp_path: Path) -> None:
     with serve(checkpoint, *FLAGS, log=tmp_path / "log") as server:
         wait_until(lambda: len(children(server)) == 2)
         answers(server, other(server))
+        answers(server, server.process.pid)
         streams = at_each(server)
         engine, sibling = children(server)
         os.kill(engine, signal.SIGKILL)

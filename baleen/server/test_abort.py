@@ -201,12 +201,12 @@ def test_open_sequences_are_counted(server: Server) -> None:
     metrics = server.app.state.service.metrics
     server.play(LONG, hold=True)
     calls = [Call(server, path, rid="a").is_open() for path in ("/generate",)]
-    assert metrics.open_sequences.total() == 1
+    wait_until(lambda: metrics.open_sequences.total() == 1)  # counted a moment after the client has it
     calls.append(Call(server, "/v1/completions", n=3).is_open(3))
-    assert metrics.open_sequences.total() == 4
+    wait_until(lambda: metrics.open_sequences.total() == 4)
     abort(server, rid="a")
     calls[0].result()
-    assert metrics.open_sequences.total() == 3
+    wait_until(lambda: metrics.open_sequences.total() == 3)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/generate", json={"text": "x"}, timeout=0.3)
     server.script.hold = False
