@@ -6,6 +6,8 @@ For tests; knows no op. Imports kernels.dispatch.
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -189,3 +191,18 @@ def largest_scratch(function: Callable[..., Any], *args: Any) -> int:
         if isinstance(leaf, Tensor):
             allocations.nbytes.pop(leaf.untyped_storage().data_ptr(), None)
     return max(allocations.nbytes.values(), default=0)
+
+
+def run_in_interpreter(file: str, chosen: str) -> None:
+    """The body of a test: some tests of its file once more, in a process where Triton interprets its kernels, which is
+    chosen at import. Skips without Triton, and in that process. chosen: as pytest's -k takes it
+    """
+    import pytest  # a benchmark that takes the cases from here has none
+
+    triton = pytest.importorskip("triton", reason="needs the package triton")
+    if triton.knobs.runtime.interpret:
+        pytest.skip("this is the inner run")
+    command = ["env", "TRITON_INTERPRET=1", sys.executable, "-m", "pytest", file, "-k", chosen]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "passed" in run.stdout

@@ -260,7 +260,10 @@ def test_products_run_with_every_kernel_and_steps_leave_them_to_the_reference(
     run_share(runner, small, Products("layers.0.mlp.gate_up", (3, 40)))
     run_share(runner, small, next(iter(prefill_steps(small, 4))))
     assert sizes == [3, 40, 16]
-    assert used == [{}, {"fp8_gemm": "reference"}]
+    runner.model.get_submodule("layers.1.mlp").register_forward_hook(lambda *seen: sizes.append(len(seen[2])))
+    run_share(runner, small, Products("layers.1.mlp", (50, 1)))
+    assert sizes == [3, 40, 16, 50, 1]
+    assert used == [{}, {"fp8_gemm": "reference"}, {}]
 
 
 @pytest.mark.gpu

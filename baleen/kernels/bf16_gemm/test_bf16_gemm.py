@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +13,7 @@ from torch import Tensor
 from baleen.kernels.bf16_gemm import IMPLEMENTATIONS, bf16_gemm
 from baleen.kernels.bf16_gemm.cases import CASES, GPU_CASES, product
 from baleen.kernels.dispatch import available
-from baleen.kernels.testing import Case, assert_close, check, to_device
+from baleen.kernels.testing import Case, assert_close, check, run_in_interpreter, to_device
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -50,13 +48,7 @@ def test_the_tolerance_shows_a_rounded_result(case: Case) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, the kernels run on it")
 def test_the_triton_kernel_in_its_interpreter() -> None:
     """Its float32 cases once more, where Triton interprets its kernels, chosen at import: it multiplies no bfloat16."""
-    pytest.importorskip("triton", reason="needs the package triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("this is the inner run")
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton and float32 and float64 or parts"]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout
+    run_in_interpreter(__file__, "triton and float32 and float64 or parts")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +68,7 @@ def test_parts_of_k_and_tiles_of_any_size_in_triton(t: int, n: int, k: int, conf
     results = [triton_kernel.bf16_gemm(*arguments, triton_kernel.Config(*config)) for _ in range(2)]
     assert_close(results[0].cpu(), torch.from_numpy(_in_float64(*case.arguments())), case.rtol, case.atol)
     assert torch.equal(results[0], results[1])
-    assert not any(counters.zeros.any() for counters in triton_kernel._counters.values())
+    assert not bool(triton_kernel.counters_of(arguments[0].device).zeros.any())
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from baleen.kernels import pdl
 from baleen.kernels.bf16_gemm import reference
-from baleen.kernels.fp8_gemm.triton_kernel import Counters, has_bulk_copies
+from baleen.kernels.fp8_gemm.triton_kernel import counters_of, has_bulk_copies
 
 MOST_ROWS = 128  # beyond, arithmetic is the limit, which this kernel was not written for
 FEW_BYTES = 8 << 20  # of a weight: up to here what a program waits for counts, beyond what the memory gives
@@ -43,9 +43,6 @@ class Config(NamedTuple):
     early: bool = False
 
 
-_counters: dict[torch.device, Counters] = {}
-
-
 def bf16_gemm(x: Tensor, weight: Tensor, config: Config | None = None) -> Tensor:
     if not _fits(x, weight):
         return reference.bf16_gemm(x, weight)
@@ -56,9 +53,7 @@ def bf16_gemm(x: Tensor, weight: Tensor, config: Config | None = None) -> Tensor
     block_m, block_n, splits, block_k, stages, warps, early = config
     out = torch.empty(num_tokens, num_rows, dtype=torch.float32, device=x.device)
     tiles, token_tiles = triton.cdiv(num_rows, block_n), triton.cdiv(num_tokens, block_m)
-    shared = _counters.get(x.device)
-    if shared is None:
-        shared = _counters[x.device] = Counters(x.device)
+    shared = counters_of(x.device)
     counters, partial = shared.zeros, shared.no_partial
     options = pdl.launch(out, early)
     if splits > 1:

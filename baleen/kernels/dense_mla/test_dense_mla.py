@@ -3,10 +3,6 @@ latents it was expanded from."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -17,7 +13,7 @@ from baleen.kernels.dense_mla import IMPLEMENTATIONS, dense_mla, masked_mha, ref
 from baleen.kernels.dense_mla.cases import CASES, GPU_CASES, masked
 from baleen.kernels.dispatch import available, find
 from baleen.kernels.sparse_mla import sparse_mla
-from baleen.kernels.testing import Case, check, largest_scratch
+from baleen.kernels.testing import Case, check, largest_scratch, run_in_interpreter
 
 
 def _loops(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> np.ndarray:
@@ -77,13 +73,7 @@ def test_on_a_gpu_the_same_every_time(implementation: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, the kernels run on it")
 def test_triton_kernels_in_its_interpreter() -> None:
     """The tests of every implementation once more, where Triton interprets its kernels: that is chosen at import."""
-    pytest.importorskip("triton", reason="needs the package triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("this is the inner run")
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton and masked_mha and loops"]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout
+    run_in_interpreter(__file__, "triton and masked_mha and loops")
 
 
 def test_a_mask_of_all_bits_is_no_mask() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -19,7 +17,7 @@ from baleen.kernels.dispatch import available, find
 from baleen.kernels.fp8_experts import IMPLEMENTATIONS, fp8_experts
 from baleen.kernels.fp8_experts.cases import CASES
 from baleen.kernels.fp8_quant import Quantized, dequantize_1x128, quantize_1x128
-from baleen.kernels.testing import Case, assert_close, check, to_device
+from baleen.kernels.testing import Case, assert_close, check, run_in_interpreter, to_device
 
 BLOCK = 128
 
@@ -71,14 +69,7 @@ def test_on_a_gpu_against_the_reference(implementation: str, tokens: int) -> Non
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, the kernels run on it")
 def test_triton_kernels_in_its_interpreter() -> None:
     """The tests of every implementation once more, where Triton interprets its kernels: that is chosen at import."""
-    pytest.importorskip("triton", reason="needs the package triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("this is the inner run")
-    chosen = "triton and (loop and bfloat16 or strided) or hold or few_rows or stream"
-    command = [sys.executable, "-m", "pytest", __file__, "-k", chosen]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout
+    run_in_interpreter(__file__, "triton and (loop and bfloat16 or strided) or hold or few_rows or stream")
 
 
 class FakeDeepGemm(ModuleType):

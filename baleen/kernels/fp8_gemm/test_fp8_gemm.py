@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -24,7 +22,7 @@ from baleen.kernels.fp8_quant import (
     quantize_1x128,
     quantize_128x128,
 )
-from baleen.kernels.testing import Case, assert_close, check, largest_scratch
+from baleen.kernels.testing import Case, assert_close, check, largest_scratch, run_in_interpreter
 
 
 def _block_loop(x: Quantized, weight: Tensor, weight_scale_inv: Tensor, dtype: torch.dtype) -> np.ndarray:
@@ -76,13 +74,7 @@ def test_the_tolerance_shows_an_error(case: Case, wrong: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, the kernels run on it")
 def test_the_triton_kernel_in_its_interpreter() -> None:
     """Its tests once more, where Triton interprets its kernels: that is chosen at import."""
-    pytest.importorskip("triton", reason="needs the package triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("this is the inner run")
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton and (loop or parts)"]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout
+    run_in_interpreter(__file__, "triton and (loop or parts)")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +96,7 @@ def test_parts_of_k_and_tiles_of_any_size_in_triton(m: int, n: int, k: int, conf
     expected = torch.from_numpy(_block_loop(*case.arguments()))
     assert_close(results[0].cpu(), expected, case.rtol, case.atol)
     assert torch.equal(results[0], results[1])
-    assert not any(counters.zeros.any() for counters in triton_kernel._counters.values())
+    assert not bool(triton_kernel.counters_of(arguments[0].values.device).zeros.any())
 
 
 def test_counters_are_taken_in_turn() -> None:

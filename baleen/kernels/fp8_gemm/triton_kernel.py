@@ -61,6 +61,14 @@ class Counters:
 _counters: dict[torch.device, Counters] = {}
 
 
+def counters_of(device: torch.device) -> Counters:
+    """The device's, of all kernels that split K."""
+    shared = _counters.get(device)
+    if shared is None:
+        shared = _counters[device] = Counters(device)
+    return shared
+
+
 def takes(num_tokens: int, num_rows: int, num_cols: int) -> bool:
     """True for the shapes that the kernel is for, of x [num_tokens, num_cols] and weight [num_rows, num_cols]."""
     return num_cols % BLOCK == 0 and num_tokens <= MOST_ROWS
@@ -78,9 +86,7 @@ def fp8_gemm(
         return out
     block_m, block_n, splits, stages, warps, early = config or default_config(num_tokens, num_rows, num_cols)
     tiles, token_tiles = triton.cdiv(num_rows, block_n), triton.cdiv(num_tokens, block_m)
-    shared = _counters.get(out.device)
-    if shared is None:
-        shared = _counters[out.device] = Counters(out.device)
+    shared = counters_of(out.device)
     counters, partial = shared.zeros, shared.no_partial
     options = pdl.launch(out, early)
     if splits > 1:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from torch import Tensor
 from baleen.kernels.dispatch import available
 from baleen.kernels.greedy import IMPLEMENTATIONS, greedy
 from baleen.kernels.greedy.cases import CASES, special
-from baleen.kernels.testing import Case, check
+from baleen.kernels.testing import Case, check, run_in_interpreter
 
 
 def _loop(logits: Tensor) -> Tensor:
@@ -47,13 +44,7 @@ def test_on_a_gpu_against_a_loop(implementation: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, the kernels run on it")
 def test_triton_kernels_in_its_interpreter() -> None:
-    pytest.importorskip("triton", reason="needs the package triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("this is the inner run")
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton and against_a_loop"]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout
+    run_in_interpreter(__file__, "triton and against_a_loop")
 
 
 def test_rows_without_a_token() -> None:

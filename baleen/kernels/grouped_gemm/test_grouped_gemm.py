@@ -3,9 +3,6 @@ bits there."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +15,7 @@ from baleen.kernels.dispatch import available
 from baleen.kernels.fp8_quant import Quantized, quantize_1x128
 from baleen.kernels.grouped_gemm import IMPLEMENTATIONS, grouped_gemm, silu_and_mul
 from baleen.kernels.grouped_gemm.cases import CASES
-from baleen.kernels.testing import Case, check
+from baleen.kernels.testing import Case, check, run_in_interpreter
 
 
 def _row_by_row(x: Tensor, weight: Tensor, counts: Sequence[int] | Tensor) -> np.ndarray:
@@ -47,13 +44,7 @@ def test_against_numpy(implementation: str, case: Case) -> None:
 def test_triton_kernels_in_its_interpreter() -> None:
     """The float32 cases once more, where Triton interprets its kernels: that is chosen at import. It rounds to bfloat16
     and FP8 otherwise than a GPU."""
-    pytest.importorskip("triton", reason="needs the package triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("this is the inner run")
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton and silu and float32 and not quant"]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout
+    run_in_interpreter(__file__, "triton and silu and float32 and not quant")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

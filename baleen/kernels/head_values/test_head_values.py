@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +11,7 @@ from baleen.kernels.dispatch import available, find
 from baleen.kernels.fp8_quant import dequantize_1x128
 from baleen.kernels.head_values import IMPLEMENTATIONS
 from baleen.kernels.head_values.cases import CASES, exact
-from baleen.kernels.testing import Case, check
+from baleen.kernels.testing import Case, check, run_in_interpreter
 
 
 def _head_values(attended: Tensor, w_v: Tensor) -> Tensor:
@@ -65,14 +61,7 @@ def test_on_a_gpu_against_float64(implementation: str) -> None:
 def test_triton_kernels_in_its_interpreter() -> None:
     """Those of float32 that need no rounding once more, where Triton interprets its kernels: that is chosen at import.
     It multiplies no bfloat16, and rounds to FP8 otherwise than a GPU."""
-    pytest.importorskip("triton", reason="needs the package triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("this is the inner run")
-    chosen = "triton and exact and float32 or tile"
-    command = [sys.executable, "-m", "pytest", __file__, "-k", chosen]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout
+    run_in_interpreter(__file__, "triton and exact and float32 or tile")
 
 
 def test_any_tile_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +11,7 @@ from torch import Tensor
 from baleen.kernels.dispatch import available, find
 from baleen.kernels.index_logits import IMPLEMENTATIONS, index_logits, reference
 from baleen.kernels.index_logits.cases import CASES, paged_inputs
-from baleen.kernels.testing import Case, check, largest_scratch, to_device
+from baleen.kernels.testing import Case, check, largest_scratch, run_in_interpreter, to_device
 
 
 def _loops(q: Tensor, weights: Tensor, keys: Tensor, key_scales: Tensor | None) -> np.ndarray:
@@ -101,13 +97,7 @@ def test_on_a_gpu_against_the_reference(implementation: str, heads: int) -> None
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, the kernels run on it")
 def test_triton_kernels_in_its_interpreter() -> None:
     """The tests of every implementation once more, where Triton interprets its kernels: that is chosen at import."""
-    pytest.importorskip("triton", reason="needs the package triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("this is the inner run")
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton and (loops or length)"]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout
+    run_in_interpreter(__file__, "triton and (loops or length)")
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 600), (40, 600)])

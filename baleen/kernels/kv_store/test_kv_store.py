@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -21,7 +18,7 @@ from baleen.kernels.kv_store import (
     store_latent_fp8,
 )
 from baleen.kernels.kv_store.cases import CASES, index_views, latent_views
-from baleen.kernels.testing import Case, check
+from baleen.kernels.testing import Case, check, run_in_interpreter
 
 
 def _scale(values: Tensor) -> float:
@@ -93,13 +90,7 @@ def test_on_a_gpu_against_loops(implementation: str) -> None:
 def test_triton_kernels_in_its_interpreter() -> None:
     """Copies of pages once more, where Triton interprets its kernels: that is chosen at import. It widens FP8 otherwise
     than a GPU."""
-    pytest.importorskip("triton", reason="needs the package triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("this is the inner run")
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton and gather_index"]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout
+    run_in_interpreter(__file__, "triton and gather_index")
 
 
 def test_the_656_byte_row() -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +10,7 @@ from torch import Tensor
 from baleen.kernels.dispatch import available, find
 from baleen.kernels.mla_inputs import IMPLEMENTATIONS, index_queries, store_keys
 from baleen.kernels.mla_inputs.cases import CASES, check_rounded, empty_caches
-from baleen.kernels.testing import Case
+from baleen.kernels.testing import Case, run_in_interpreter
 
 
 def _sylvester(dim: int) -> Tensor:
@@ -125,14 +121,7 @@ def test_on_a_gpu_against_float64(implementation: str) -> None:
 def test_triton_kernels_in_its_interpreter() -> None:
     """The float32 cases once more, where Triton interprets its kernels: that is chosen at import. It rounds to bfloat16
     and FP8 otherwise than a GPU."""
-    pytest.importorskip("triton", reason="needs the package triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("this is the inner run")
-    words = "triton and float32 and not bfloat16 and not float8"
-    command = [sys.executable, "-m", "pytest", __file__, "-k", words]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout
+    run_in_interpreter(__file__, "triton and float32 and not bfloat16 and not float8")
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32To
 from baleen.kernels.dispatch import available, find
 from baleen.kernels.moe_gate import IMPLEMENTATIONS, moe_gate
 from baleen.kernels.moe_gate.cases import CASES
-from baleen.kernels.testing import Case, check
+from baleen.kernels.testing import Case, check, run_in_interpreter
 
 
 def _route(
@@ -59,13 +56,7 @@ def test_on_a_gpu_against_plain_python(implementation: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, the kernels run on it")
 def test_triton_kernels_in_its_interpreter() -> None:
     """The tests of every implementation once more, where Triton interprets its kernels: that is chosen at import."""
-    pytest.importorskip("triton", reason="needs the package triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("this is the inner run")
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton and not interpreter"]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout
+    run_in_interpreter(__file__, "triton and not interpreter")
 
 
 @pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -16,7 +13,7 @@ from baleen.kernels.dispatch import available, find
 from baleen.kernels.fp8_quant import Quantized, quantize_1x128
 from baleen.kernels.rms_norm import IMPLEMENTATIONS, add_rms_norm, add_rms_norm_quant, rms_norm, rms_norm_quant
 from baleen.kernels.rms_norm.cases import CASES, EPS
-from baleen.kernels.testing import Case, check
+from baleen.kernels.testing import Case, check, run_in_interpreter
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
@@ -70,13 +67,7 @@ def test_leading_dims(implementation: str) -> None:
 def test_triton_kernels_in_its_interpreter() -> None:
     """The float32 cases once more, where Triton interprets its kernels: that is chosen at import. It rounds to bfloat16
     and FP8 otherwise than a GPU."""
-    pytest.importorskip("triton", reason="needs the package triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("this is the inner run")
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton and float32-float32 and not quant"]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout
+    run_in_interpreter(__file__, "triton and float32-float32 and not quant")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
