@@ -69,7 +69,9 @@ def _parts(
     empty[:, 0] = False
     totals[empty] = 0
     totals[:, 0] = 64 - totals[:, 1:].sum(1)
-    sums = attended[:, None] * totals[..., None]
+    # Parts that differ, where a sum may be rounded: what they weigh must show.
+    apart = 1 if numbers is exact else torch.rand(*totals.shape, 1, generator=g) * 3 - 0.5
+    sums = attended[:, None] * totals[..., None] * apart
     empty[-1] = True
     sums[empty], maxima[empty], totals[empty] = 0, -1e30, 0
     return sums, maxima, totals, kv_b[:heads].to(dtype)[:, 128:]
