@@ -177,7 +177,7 @@ class Engine:
         return msgspec.structs.replace(
             stats,
             num_aborted_total=stats.num_aborted_total + self._num_aborted,
-            forward_seconds_total=self.runner.forward_seconds,
+            forward_seconds_total=self.runner.forwards.seconds,
             num_grammar_queue=len(self._compiling),
             num_grammar_compiled_total=self._compiler.num_compiled,
             num_grammar_failed_total=self._compiler.num_failed,

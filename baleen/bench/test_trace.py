@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from baleen.bench.trace import MOST_LINES, Activity, idle_shares, sections, short, steps, table
+from baleen.bench.trace import MOST_LINES, Activity, graph_steps, idle_shares, sections, short, steps, table
 
 LAYER = ["norm", "gemm", "attention", "gemm"]
 NAMES = ["plan", *LAYER, *LAYER, *LAYER[:1], "moe", *LAYER[1:], "head"]
@@ -34,6 +34,15 @@ def test_steps_begin_with_their_graph() -> None:
     cut = steps(activities, 3)
     assert [step.names for step in cut] == [("a", "b", "sample", "copy")] * 3
     assert [step.activities[0].start for step in cut] == [10, 110, 210]
+
+
+def test_the_smaller_of_two_graphs_begins_a_step() -> None:
+    activities = _activities(["c", "e"], start=0, launch=40)  # the end of a step before the record
+    for i in range(3):
+        activities += _activities(["a", "b", "c"], start=10 + 100 * i, launch=50 + 2 * i)
+        activities += _activities(["d", "b", "c", "e"], start=50 + 100 * i, launch=51 + 2 * i)
+    assert [step.names for step in steps(activities, 3)] == [("a", "b", "c", "d", "b", "c", "e")] * 3
+    assert [step.names for step in graph_steps(activities[:-7])][-1] == ("a", "b", "c", "d", "b", "c", "e")
 
 
 @pytest.mark.parametrize(("count", "cut"), [(2, 2), (4, 4), (3, 1), (1, 1)])

@@ -74,8 +74,8 @@ class Step:
 
 
 def steps(activities: Sequence[Activity], count: int) -> list[Step]:
-    """Cut what ran during `count` steps, at the start of each graph where there is one graph a step, else into equal
-    parts where they are equal; else all of it is one step.
+    """Cut what ran during `count` steps, where their graphs start if each has one or more, else into equal parts where
+    they are equal; else all of it is one step.
     """
     ordered = sorted(activities, key=lambda a: a.start)
     if not ordered:
@@ -91,16 +91,24 @@ def steps(activities: Sequence[Activity], count: int) -> list[Step]:
 
 
 def graph_steps(activities: Sequence[Activity]) -> list[Step]:
-    """Steps that begin with a graph each and end before the next; what ran before the first graph is left out."""
+    """Steps that begin with a graph each and end before the next step; what ran before the first is left out.
+
+    Of several graphs a step, which begin with different kernels, the first is the smallest.
+    """
     ordered = sorted(activities, key=lambda a: a.start)
     sizes = Counter(a.launch for a in ordered)
-    seen: set[int] = set()
-    starts = []
+    first: dict[int, int] = {}  # place of each graph's first kernel
     for i, activity in enumerate(ordered):
-        if sizes[activity.launch] > 1 and activity.launch not in seen:
-            seen.add(activity.launch)
-            starts.append(i)
-    return [Step(tuple(ordered[a:b])) for a, b in pairwise([*starts, len(ordered)])] if starts else []
+        if sizes[activity.launch] > 1:
+            first.setdefault(activity.launch, i)
+    if not first:
+        return []
+    counts = Counter(ordered[i].name for i in first.values())
+    most = max(counts.values())  # of a graph that was cut off where the record began there is one
+    whole = [launch for launch, i in first.items() if 2 * counts[ordered[i].name] > most]
+    begins = ordered[first[min(whole, key=lambda launch: sizes[launch])]].name
+    starts = [i for i in first.values() if ordered[i].name == begins]
+    return [Step(tuple(ordered[a:b])) for a, b in pairwise([*starts, len(ordered)])]
 
 
 def idle_shares(activities: Sequence[Activity]) -> dict[str, float]:

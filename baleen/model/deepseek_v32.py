@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import cast
+from itertools import islice
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,15 @@ from baleen.model.layers import Embedding, Linear, Precision, RMSNorm
 from baleen.model.mla import MlaAttention
 from baleen.model.moe import Mlp, MoE
 from baleen.model.weights import Target
+
+
+class Stream(NamedTuple):
+    """What goes from layer to layer. x, residual [T, hidden], their sum the hidden state; cos, sin [T, rope/2]."""
+
+    x: Tensor
+    residual: Tensor
+    cos: Tensor
+    sin: Tensor
 
 
 class DecoderLayer(nn.Module):
@@ -98,11 +108,20 @@ class DeepseekV32ForCausalLM(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor, backend: AttentionBackend, metadata: Metadata) -> Tensor:
         """ids, positions [T] int64 -> hidden states after the final norm [T, hidden]."""
+        return self.finish(self.start(ids, positions, backend, metadata), backend, metadata)
+
+    def start(self, ids: Tensor, positions: Tensor, backend: AttentionBackend, metadata: Metadata) -> Stream:
+        """`forward` up to the end of the first layer."""
         with metadata.beside.start():
             cos, sin = self.cos[positions], self.sin[positions]
         x = self.embed_tokens(ids)
-        residual = torch.zeros_like(x)
-        for layer in self.layers:
+        x, residual = self.layers[0](x, torch.zeros_like(x), cos, sin, backend, metadata)
+        return Stream(x, residual, cos, sin)
+
+    def finish(self, stream: Stream, backend: AttentionBackend, metadata: Metadata) -> Tensor:
+        """The rest of `forward`."""
+        x, residual, cos, sin = stream
+        for layer in islice(self.layers, 1, None):
             x, residual = layer(x, residual, cos, sin, backend, metadata)
         normed = self.norm.add(x, residual, fp8=False)[0].plain
         assert normed is not None

@@ -1,4 +1,8 @@
-"""CUDA graphs of the decode step: the kernels of a whole forward, up to the likeliest ids, started by one call."""
+"""CUDA graphs of the decode step: the kernels of a whole forward, up to the likeliest ids, started by two calls.
+
+The first graph holds a single layer: the GPU begins while the host still starts the rest, which takes it longer the
+more layers there are.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +11,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from baleen.attention.backend import AttentionBackend
+from baleen.attention.backend import AttentionBackend, Metadata
 from baleen.attention.beside import Beside
 from baleen.config import PAGE_SIZE, SchedulerConfig
+from baleen.kernels.decode_outputs import decode_outputs
 from baleen.kernels.greedy import greedy
-from baleen.model.deepseek_v32 import DeepseekV32ForCausalLM
+from baleen.model.deepseek_v32 import DeepseekV32ForCausalLM, Stream
 from baleen.runner.inputs import DecodeRows, RequestSlots
+from baleen.runner.outputs import Places, SampledIds
 
 WARMUPS = 2  # compile what is compiled at first use, and let the kernels make what they keep
 
 
 class Decoded(NamedTuple):
-    """What a decode step of R rows gave; overwritten by the next.
+    """What a decode step of R rows gave.
 
-    logits  [R, vocab] float32
-    greedy  [R] int64, the likeliest ids, -1 where the logits are bad; they are the slots' last ids already
+    logits    [R, vocab] float32, overwritten by the next step
+    likeliest ids of each row, -1 where the logits are bad; they are the slots' last ids already
     """
 
     logits: Tensor
-    greedy: Tensor
+    likeliest: SampledIds
+
+
+class _Captured(NamedTuple):
+    """A step's graphs, in order, what they read and what they write."""
+
+    first: torch.cuda.CUDAGraph
+    rest: torch.cuda.CUDAGraph
+    rows: DecodeRows
+    places: Places
+    logits: Tensor
 
 
 class DecodeGraphs:
@@ -48,7 +64,7 @@ class DecodeGraphs:
         self._model, self._backend, self._slots = model, backend, slots
         self._sizes = padded_sizes(max_batch)
         self._contexts = padded_contexts(backend.index_topk, context_length)
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, DecodeRows, Decoded]] = {}
+        self._graphs: dict[tuple[int, int], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._beside = Beside(torch.cuda.Stream())
 
@@ -62,10 +78,12 @@ class DecodeGraphs:
         size = next(size for size in self._sizes if size >= num_rows)
         context = next(context for context in self._contexts if context > max(positions))
         self.capture(size, context)
-        graph, rows, decoded = self._graphs[size, context]
-        rows.put(slots, positions)
-        graph.replay()
-        return Decoded(decoded.logits[:num_rows], decoded.greedy[:num_rows])
+        captured = self._graphs[size, context]
+        captured.rows.put(slots, positions)
+        captured.first.replay()
+        captured.places.free()
+        captured.rest.replay()
+        return Decoded(captured.logits[:num_rows], captured.places.take(num_rows))
 
     @torch.inference_mode()
     def capture(self, size: int, context: int) -> None:
@@ -74,36 +92,47 @@ class DecodeGraphs:
             self._graphs[size, context] = self._capture(size, context)
 
     @torch.inference_mode()
-    def compile(self, size: int, context: int) -> DecodeRows:
+    def compile(self, size: int, context: int) -> None:
         """Run the step of such a graph kernel by kernel, on padding: compiles what is compiled at first use."""
-        rows = DecodeRows(size, self._slots.padding, self._slots.device)
+        rows, places = self._inputs(size)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARMUPS):
-                self._forward(rows, context)
-        torch.cuda.current_stream().wait_stream(stream)
-        return rows
+                self._finish(rows, places, *self._start(rows, context))
+        stream.synchronize()  # it writes to the host's memory, which is given back here
 
-    def _capture(self, size: int, context: int) -> tuple[torch.cuda.CUDAGraph, DecodeRows, Decoded]:
-        rows = self.compile(size, context)
-        graph = torch.cuda.CUDAGraph()
+    def _capture(self, size: int, context: int) -> _Captured:
+        self.compile(size, context)
+        rows, places = self._inputs(size)
+        first, rest = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Other threads pin memory and wait for events meanwhile, which a stricter mode would forbid them.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            decoded = self._forward(rows, context)
-        return graph, rows, decoded
+        with torch.cuda.graph(first, pool=self._pool, capture_error_mode="thread_local"):
+            started = self._start(rows, context)
+        with torch.cuda.graph(rest, pool=self._pool, capture_error_mode="thread_local"):
+            logits = self._finish(rows, places, *started)
+        return _Captured(first, rest, rows, places, logits)
 
-    def _forward(self, rows: DecodeRows, context: int) -> Decoded:
+    def _inputs(self, size: int) -> tuple[DecodeRows, Places]:
+        return DecodeRows(size, self._slots.padding, self._slots.device), Places(size, self._slots.device)
+
+    def _start(self, rows: DecodeRows, context: int) -> tuple[Metadata, Stream]:
         batch = self._slots.decode_batch(rows.slots, rows.positions, [context] * rows.slots.shape[0])
         metadata = self._backend.plan(batch, self._beside)
-        hidden = self._model(batch.ids, batch.positions, self._backend, metadata)
-        with self._beside.start():
-            rows.move_on()
-        logits = self._model.logits(hidden)
-        decoded = Decoded(logits, greedy(logits))
-        self._slots.remember(rows.slots, decoded.greedy)
-        self._beside.join()
-        return decoded
+        return metadata, self._model.start(batch.ids, batch.positions, self._backend, metadata)
+
+    def _finish(self, rows: DecodeRows, places: Places, metadata: Metadata, stream: Stream) -> Tensor:
+        logits = self._model.logits(self._model.finish(stream, self._backend, metadata))
+        decode_outputs(
+            greedy(logits),
+            rows.slots,
+            self._slots.last_ids,
+            rows.positions,
+            rows.advance,
+            places.turns,
+            places.places,
+        )
+        return logits
 
 
 def largest_batch(scheduler: SchedulerConfig) -> int:

@@ -21,30 +21,26 @@ def upload(values: Sequence[Any], device: torch.device) -> Tensor:
 
 
 class DecodeRows:
-    """Slots and positions of a decode step, on the device, in the place that a CUDA graph reads. A step moves each
-    position on by one, so that the next step of the same rows finds its own there and uploads nothing.
+    """Slots and positions of a decode step, on the device, in the place that a CUDA graph reads. The step moves each
+    position on by `advance`, so that the next one of the same rows finds its own there and uploads nothing.
 
-    slots, positions  [size] int64; rows beyond those given are padding, at position 0 for good
+    slots, positions, advance  [size] int64; rows beyond those given are padding, at position 0 for good
     """
 
     def __init__(self, size: int, padding: int, device: torch.device) -> None:
         self._size, self._padding = size, padding
         self._rows = upload([[padding] * size, [0] * size, [0] * size], device)
-        self.slots, self.positions, self._step = self._rows
+        self.slots, self.positions, self.advance = self._rows
         self._there: tuple[list[int], list[int]] | None = None  # slots and positions on the device after the last step
 
     def put(self, slots: list[int], positions: list[int]) -> None:
-        """The next step's, which calls `move_on` once."""
+        """The next step's."""
         if self._there != (slots, positions):
             missing = self._size - len(slots)
             rows = [slots + [self._padding] * missing, positions + [0] * missing, [1] * len(slots) + [0] * missing]
             pinned = self._rows.device.type == "cuda"
             self._rows.copy_(torch.tensor(rows, dtype=torch.int64, pin_memory=pinned), non_blocking=True)
         self._there = slots, [position + 1 for position in positions]
-
-    def move_on(self) -> None:
-        """The part of it on the device, in a captured step."""
-        self.positions.add_(self._step)
 
 
 class RequestSlots:

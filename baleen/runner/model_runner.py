@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,72 +17,30 @@ from baleen.model.layers import Precision
 from baleen.model.weights import fill_randomly, load_weights
 from baleen.runner.decode_graphs import DecodeGraphs, largest_batch
 from baleen.runner.inputs import RequestSlots, upload
+from baleen.runner.outputs import ForwardClock, SampledIds
 from baleen.sampling.grammar import GrammarMasks
 from baleen.sampling.grammar_compiler import GrammarCompiler
-from baleen.sampling.sampler import SampledTokens, Sampler
-
-
-class ForwardTimer:
-    """Seconds of a forward: on a GPU between two events of its stream, on a CPU by the host's clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
-        self._started = self._seconds = 0.0
-
-    def start(self) -> None:
-        self._started = time.perf_counter()
-        if self._events:
-            self._events[0].record()
-
-    def stop(self) -> None:
-        self._seconds = time.perf_counter() - self._started
-        if self._events:
-            self._events[1].record()
-
-    def seconds(self) -> float:
-        """After `stop`; waits for the device."""
-        if not self._events:
-            return self._seconds
-        self._events[1].synchronize()
-        return self._events[0].elapsed_time(self._events[1]) / 1000
+from baleen.sampling.sampler import Sampler
 
 
 class LaunchedStep:
-    """A step that was started. The ids it samples come to the host by themselves; who wants them waits here, on any
-    thread, and the next step may be started before.
-    """
+    """A step that was started. Who wants what it samples waits here, on any thread; the next may be started before."""
 
     def __init__(
         self,
         step: int,
-        ids: Tensor | None,
+        ids: SampledIds,
         logprobs: tuple[TokenLogprobs | None, ...],
         prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...],
         errors: tuple[RowError, ...],
-        done: Callable[[], None],
     ) -> None:
-        """ids [R] int64 on the device, None if no row samples; done: called in `wait`, when the step has ended."""
+        self._ids = ids
         self._rest = step, logprobs, prompt_logprobs, errors
-        self._done = done
-        self._host, self._arrived = ids, None
-        if ids is not None and ids.device.type == "cuda":
-            self._host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
-            self._host.copy_(ids, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def ids(self) -> tuple[int, ...]:
-        """The sampled ids, once they are here."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return () if self._host is None else tuple(self._host.tolist())
 
     def wait(self) -> StepOutput:
         """What the step gave, once it has ended."""
-        ids = self.ids()
-        self._done()
         step, logprobs, prompt_logprobs, errors = self._rest
-        return StepOutput(step, ids, logprobs, prompt_logprobs, errors)
+        return StepOutput(step, self._ids.read(), logprobs, prompt_logprobs, errors)
 
 
 def use_kernels(attention: AttentionConfig, **pinned: str) -> None:
@@ -105,7 +62,7 @@ class ModelRunner:
     scheduled.
 
     compiler         has compiled the grammar of every request that comes; None if none has one
-    forward_seconds  time of the model's forwards since start, a warm-up's not, for benchmarks and /metrics
+    forwards  time of the model's forwards since start, a warm-up's not, for benchmarks and /metrics
     """
 
     def __init__(self, config: Config, compiler: GrammarCompiler | None = None, *, progress: bool = False) -> None:
@@ -113,7 +70,7 @@ class ModelRunner:
         use_kernels(attention)
         self.device = torch.device(config.load.device)
         self.num_pages = config.cache.max_total_tokens // config.cache.page_size
-        self.forward_seconds = 0.0
+        self.forwards = ForwardClock(self.device)
         started = time.monotonic()
         self.model = empty_model(config, self.device)
         if config.load.load_format == "dummy":
@@ -152,41 +109,35 @@ class ModelRunner:
     def execute(self, batch: ScheduledBatch) -> LaunchedStep:
         """Start one step and sample the rows that ask for it. Raises nothing for bad logits: such a row samples -1."""
         for row in batch.rows:
-            self.slots.update(row)
+            if row.open is not None or row.new_pages:
+                self.slots.update(row)
             if row.open is not None:
                 self._open(row.slot, row.open)
-        sampled = [row for row in batch.rows if row.sample]
-        timer = ForwardTimer(self.device)
-        timer.start()
-        logits, greedy_ids, prompt_logprobs = self._forward(batch)
-        timer.stop()
-
-        def done() -> None:
-            self.forward_seconds += timer.seconds()
-
+        self.forwards.start()
+        logits, likeliest, prompt_logprobs = self._forward(batch)
+        self.forwards.stop()
         if logits is None:
-            return LaunchedStep(batch.step, None, (), prompt_logprobs, (), done)
+            return LaunchedStep(batch.step, SampledIds.none(self.device), (), prompt_logprobs, ())
+        sampled = [row for row in batch.rows if row.sample]
         slots = [row.slot for row in sampled]
         positions = [row.start + row.num_tokens for row in sampled]
-        errors: tuple[RowError, ...] = ()
         if (
-            greedy_ids is not None
+            likeliest is not None
             and self.sampler.takes_likeliest(slots, positions)
             and not self.grammars.has_any(slots)
         ):
-            tokens = SampledTokens(greedy_ids, None)
-        else:
-            masked, errors = self.grammars.mask(logits, slots)
-            tokens = self.sampler.sample(masked, slots, positions, logits)
-            self.slots.remember(upload(slots, self.device), tokens.ids)
-        launched = LaunchedStep(batch.step, tokens.ids, tuple(tokens.logprobs or ()), prompt_logprobs, errors, done)
-        self.grammars.advance(slots, launched.ids)
-        return launched
+            return LaunchedStep(batch.step, likeliest, (), prompt_logprobs, ())
+        masked, errors = self.grammars.mask(logits, slots)
+        tokens = self.sampler.sample(masked, slots, positions, logits)
+        self.slots.remember(upload(slots, self.device), tokens.ids)
+        ids = SampledIds.copied(tokens.ids)
+        self.grammars.advance(slots, ids.read)
+        return LaunchedStep(batch.step, ids, tuple(tokens.logprobs or ()), prompt_logprobs, errors)
 
     def _forward(
         self, batch: ScheduledBatch
-    ) -> tuple[Tensor | None, Tensor | None, tuple[tuple[TokenLogprobs, ...], ...]]:
-        """Logits [R, vocab] of the rows that sample, None without any; their likeliest ids [R] if they are known and
+    ) -> tuple[Tensor | None, SampledIds | None, tuple[tuple[TokenLogprobs, ...], ...]]:
+        """Logits [R, vocab] of the rows that sample, None without any; their likeliest ids if they are known and
         remembered; and prompt logprobs of the rows that want them.
         """
         rows = batch.rows

@@ -28,7 +28,7 @@ def warm_up(runner: ModelRunner, config: Config, *, progress: bool = False) -> N
             assert runner.graphs is not None
             runner.graphs.capture(*shape)
             bar.update()
-    runner.forward_seconds = 0.0  # of requests, as /metrics says
+    runner.forwards.reset()  # of requests, as /metrics says
 
 
 def prefill_steps(config: Config, num_pages: int) -> Iterator[ScheduledBatch]:

@@ -125,10 +125,10 @@ def server(device: str, report: Report) -> None:
     for _ in range(warm):
         client.step()
     runner = client.process.engine.runner
-    begun, forward = time.perf_counter(), runner.forward_seconds
+    begun, forward = time.perf_counter(), runner.forwards.seconds
     times = [client.step()[0] for _ in range(timed)]
     steady = [b - a for a, b in pairwise(times)]
-    share = (runner.forward_seconds - forward) / (time.perf_counter() - begun)
+    share = (runner.forwards.seconds - forward) / (time.perf_counter() - begun)
     report.add("steady", step_ms=1000 * median(steady), slowest_ms=1000 * max(steady), in_forward=share)
     if device == "cuda":
         idle(client, profiled, median(steady), config, report)
