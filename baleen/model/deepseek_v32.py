@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from baleen.attention.backend import AttentionBackend, Metadata
 from baleen.config import ModelConfig
 from baleen.kernels.bf16_gemm import bf16_gemm
+from baleen.kernels.lm_head import lm_head
 from baleen.kernels.rope import rope_table, yarn_table
 from baleen.model.layers import Embedding, Linear, Precision, RMSNorm
 from baleen.model.mla import MlaAttention
@@ -130,6 +131,10 @@ class DeepseekV32ForCausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden] -> [R, vocab] float32."""
         return bf16_gemm(hidden, self.lm_head.weight)
+
+    def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [R, hidden] -> logits [R, vocab] float32, and the likeliest ids [R] int64, -1 where there is none."""
+        return lm_head(hidden, self.lm_head.weight)
 
     def drop_mtp(self) -> None:
         """The checkpoint has no MTP layer: free what was kept for it."""

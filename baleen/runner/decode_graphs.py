@@ -15,7 +15,6 @@ from baleen.attention.backend import AttentionBackend, Metadata
 from baleen.attention.beside import Beside
 from baleen.config import PAGE_SIZE, SchedulerConfig
 from baleen.kernels.decode_outputs import decode_outputs
-from baleen.kernels.greedy import greedy
 from baleen.model.deepseek_v32 import DeepseekV32ForCausalLM, Stream
 from baleen.runner.inputs import DecodeRows, RequestSlots
 from baleen.runner.outputs import Places, SampledIds
@@ -122,9 +121,9 @@ class DecodeGraphs:
         return metadata, self._model.start(batch.ids, batch.positions, self._backend, metadata)
 
     def _finish(self, rows: DecodeRows, places: Places, metadata: Metadata, stream: Stream) -> Tensor:
-        logits = self._model.logits(self._model.finish(stream, self._backend, metadata))
+        logits, ids = self._model.likeliest(self._model.finish(stream, self._backend, metadata))
         decode_outputs(
-            greedy(logits),
+            ids,
             rows.slots,
             self._slots.last_ids,
             rows.positions,

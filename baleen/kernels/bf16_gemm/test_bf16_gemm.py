@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -48,7 +49,17 @@ def test_the_tolerance_shows_a_rounded_result(case: Case) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, the kernels run on it")
 def test_the_triton_kernel_in_its_interpreter() -> None:
     """Its float32 cases once more, where Triton interprets its kernels, chosen at import: it multiplies no bfloat16."""
-    run_in_interpreter(__file__, "triton and float32 and float64 or parts")
+    run_in_interpreter(__file__, "triton and float32 and float64 or in_triton")
+
+
+def _kernel() -> tuple[ModuleType, str, torch.dtype]:
+    """Triton's implementation, and the device and dtype that it runs on here."""
+    kernel = pytest.importorskip("baleen.kernels.bf16_gemm.triton_kernel", reason="needs the package triton")
+    if torch.cuda.is_available():
+        return kernel, "cuda", torch.bfloat16
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs a CUDA device or Triton's interpreter")
+    return kernel, "cpu", torch.float32
 
 
 @pytest.mark.parametrize(
@@ -59,16 +70,26 @@ def test_the_triton_kernel_in_its_interpreter() -> None:
 def test_parts_of_k_and_tiles_of_any_size_in_triton(t: int, n: int, k: int, config: tuple[int, ...]) -> None:
     """Rows of the weight and of x that fill no tile, columns that fill no step; the result is the same each time, and
     the counters are zeros again."""
-    triton_kernel = pytest.importorskip("baleen.kernels.bf16_gemm.triton_kernel", reason="needs the package triton")
-    on_gpu = torch.cuda.is_available()
-    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("needs a CUDA device or Triton's interpreter")
-    case = Case("bf16_gemm", product, (t, n, k, 8, torch.bfloat16 if on_gpu else torch.float32), atol=2e-4)
-    arguments = to_device(case.arguments(), "cuda") if on_gpu else case.arguments()
+    triton_kernel, device, dtype = _kernel()
+    case = Case("bf16_gemm", product, (t, n, k, 8, dtype), atol=2e-4)
+    arguments = to_device(case.arguments(), device)
     results = [triton_kernel.bf16_gemm(*arguments, triton_kernel.Config(*config)) for _ in range(2)]
     assert_close(results[0].cpu(), torch.from_numpy(_in_float64(*case.arguments())), case.rtol, case.atol)
     assert torch.equal(results[0], results[1])
     assert not bool(triton_kernel.counters_of(arguments[0].device).zeros.any())
+
+
+@pytest.mark.parametrize("config", [(16, 64, 1, 64), (16, 64, 3, 64, 2), (32, 128, 1, 64)])
+def test_the_largest_of_each_tile_in_triton(config: tuple[int, ...]) -> None:
+    """Also of the last tile, which is not full; NaN where there is one; nothing for rows that x does not have."""
+    triton_kernel, device, dtype = _kernel()
+    x, weight = product(21, 200, 136, 0, dtype, torch.Generator())
+    weight[:, 0], weight[70, 3], x[:, 0], x[4] = -1, torch.nan, 9, torch.nan
+    tiles = -(-200 // config[1])
+    largest = torch.full((64, tiles), 7.0, device=device)
+    out = triton_kernel.multiply(x.to(device), weight.to(device), triton_kernel.Config(*config), largest[:21])
+    assert_close(largest[:21].cpu(), torch.stack([tile.amax(1) for tile in out.cpu().split(config[1], 1)], 1), 0, 0)
+    assert bool((largest[21:] == 7).all())
 
 
 @pytest.mark.gpu

@@ -44,12 +44,16 @@ class Config(NamedTuple):
 
 
 def bf16_gemm(x: Tensor, weight: Tensor, config: Config | None = None) -> Tensor:
-    if not _fits(x, weight):
+    if not fits(x, weight):
         return reference.bf16_gemm(x, weight)
+    config = config or default_config(x.shape[0], *weight.shape)
+    return reference.bf16_gemm(x, weight) if config is None else multiply(x, weight, config)
+
+
+def multiply(x: Tensor, weight: Tensor, config: Config, largest: Tensor | None = None) -> Tensor:
+    """bf16_gemm of what fits. largest: [T, tiles] float32, where to write what is largest of each row's values in each
+    tile of config.block_n columns; NaN if one of them is."""
     (num_tokens, num_cols), num_rows = x.shape, weight.shape[0]
-    config = config or default_config(num_tokens, num_rows, num_cols)
-    if config is None:
-        return reference.bf16_gemm(x, weight)
     block_m, block_n, splits, block_k, stages, warps, early = config
     out = torch.empty(num_tokens, num_rows, dtype=torch.float32, device=x.device)
     tiles, token_tiles = triton.cdiv(num_rows, block_n), triton.cdiv(num_tokens, block_m)
@@ -68,6 +72,7 @@ def bf16_gemm(x: Tensor, weight: Tensor, config: Config | None = None) -> Tensor
         out,
         partial,
         counters,
+        largest,
         num_tokens,
         num_rows,
         num_cols,
@@ -83,7 +88,7 @@ def bf16_gemm(x: Tensor, weight: Tensor, config: Config | None = None) -> Tensor
     return out
 
 
-def _fits(x: Tensor, weight: Tensor) -> bool:
+def fits(x: Tensor, weight: Tensor) -> bool:
     """True for few rows that lie as bulk tensor copies want them, on a device that has such copies."""
     interpreted = triton.knobs.runtime.interpret
     return (
@@ -142,6 +147,7 @@ def _split_k(  # type: ignore[no-untyped-def]
     out,
     partial,
     counters,
+    largest,
     num_tokens,
     num_rows,
     num_cols,
@@ -158,6 +164,7 @@ def _split_k(  # type: ignore[no-untyped-def]
     x, weight   descriptors of [num_tokens, num_cols] and [num_rows, num_cols]; what is beyond reads as zeros
     partial     float32 [parts, tiles, BLOCK_M, BLOCK_N] if there are several parts
     counters    int32 zeros, one a tile, likewise
+    largest     as of `multiply`, or None
     """
     split = tl.program_id(2)
     first_m, first_n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
@@ -177,6 +184,7 @@ def _split_k(  # type: ignore[no-untyped-def]
     target = out + m[None, :] * num_rows + n[:, None]
     if SPLITS == 1:
         tl.store(target, total, mask=valid)
+        _store_largest(largest, total, m, n, num_tokens, num_rows)
     else:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         part = tl.num_programs(1) * tl.num_programs(0) * (BLOCK_M * BLOCK_N)
@@ -189,7 +197,23 @@ def _split_k(  # type: ignore[no-untyped-def]
             for other in tl.static_range(SPLITS):
                 total += tl.load(source + other * part, cache_modifier=".cg")
             tl.store(target, total, mask=valid)
+            _store_largest(largest, total, m, n, num_tokens, num_rows)
             tl.store(counters + tile, 0)
+
+
+@triton.jit
+def _store_largest(  # type: ignore[no-untyped-def]
+    largest, total, m, n, num_tokens, num_rows
+):
+    """Of each column of a tile, which is a row of the result, the largest value, or NaN."""
+    if largest is not None:
+        best = tl.reduce(tl.where((n < num_rows)[:, None], total, -float("inf")), 0, _larger)
+        tl.store(largest + m * tl.num_programs(1) + tl.program_id(1), best, mask=m < num_tokens)
+
+
+@triton.jit
+def _larger(a, b):  # type: ignore[no-untyped-def]
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -212,6 +212,12 @@ def _scatter(  # type: ignore[no-untyped-def]
     pdl.begin(PDL)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, PADDED_COLUMNS)
     if token < num_tokens:
+        # On their way while the rank is counted.
+        block, word = tl.arange(0, PADDED_BLOCKS), tl.arange(0, WORDS)
+        has = block < HIDDEN // 128
+        factor = tl.load(x_scale + token.to(tl.int64) * scale_row + block * scale_block, mask=has, other=0.0)
+        source = x + token.to(tl.int64) * (HIDDEN // 4)
+        run = tl.load(source + word, mask=word < HIDDEN // 4, other=0)
         valid = (tl.arange(0, PADDED_COLUMNS) < COLUMNS) & (column < TOP_K)
         expert = tl.load(expert_ids + token * TOP_K + column, mask=valid, other=-2).to(tl.int32)
         rank = tl.zeros((PADDED_COLUMNS,), dtype=tl.int32)
@@ -226,13 +232,10 @@ def _scatter(  # type: ignore[no-untyped-def]
             row = tl.load(starts + expert, mask=valid, other=0) + earlier + rank
             place = row.to(tl.int64)
         tl.store(rows + token * TOP_K + column, row, mask=valid)
-        block = tl.arange(0, PADDED_BLOCKS)
-        has = block < HIDDEN // 128
-        factor = tl.load(x_scale + token.to(tl.int64) * scale_row + block * scale_block, mask=has, other=0.0)
-        source = x + token.to(tl.int64) * (HIDDEN // 4)
         for offset in tl.static_range(0, HIDDEN // 4, WORDS):
-            word = offset + tl.arange(0, WORDS)
-            run = tl.load(source + word, mask=word < HIDDEN // 4, other=0)
+            if offset > 0:
+                word += WORDS
+                run = tl.load(source + word, mask=word < HIDDEN // 4, other=0)
             for k in tl.static_range(COLUMNS):
                 this = tl.arange(0, PADDED_COLUMNS) == k
                 target = tl.sum(tl.where(this, row, 0), axis=0).to(tl.int64)

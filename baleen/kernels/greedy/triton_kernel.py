@@ -36,6 +36,14 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 @triton.jit
+def best_of(values, columns):  # type: ignore[no-untyped-def]
+    """The largest value, and of the columns that have it the lowest. NaN is read as +inf."""
+    values = tl.where(values != values, float("inf"), values)
+    best = tl.max(values, 0)
+    return best, tl.min(tl.where(values == best, columns, 0x7FFFFFFF), 0)
+
+
+@triton.jit
 def _chunk_maxima(  # type: ignore[no-untyped-def]
     logits, largest, places, stride, width, CHUNK: tl.constexpr, PDL: tl.constexpr
 ):
@@ -44,9 +52,7 @@ def _chunk_maxima(  # type: ignore[no-untyped-def]
     chunk, row = tl.program_id(0), tl.program_id(1)
     columns = chunk * CHUNK + tl.arange(0, CHUNK)
     values = tl.load(logits + row.to(tl.int64) * stride + columns, mask=columns < width, other=-float("inf"))
-    values = tl.where(values != values, float("inf"), values)
-    best = tl.max(values, 0)
-    place = tl.min(tl.where(values == best, columns, 0x7FFFFFFF), 0)
+    best, place = best_of(values, columns)
     at = row * tl.num_programs(0) + chunk
     tl.store(largest + at, best)
     tl.store(places + at, place)
@@ -62,6 +68,5 @@ def _combine(  # type: ignore[no-untyped-def]
     chunks = tl.arange(0, COUNT)
     values = tl.load(largest + row * count + chunks, mask=chunks < count, other=-float("inf"))
     columns = tl.load(places + row * count + chunks, mask=chunks < count, other=0x7FFFFFFF)
-    best = tl.max(values, 0)
-    place = tl.min(tl.where(values == best, columns, 0x7FFFFFFF), 0)
+    best, place = best_of(values, columns)
     tl.store(out + row, tl.where(tl.abs(best) == float("inf"), -1, place).to(tl.int64))
