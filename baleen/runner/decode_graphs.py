@@ -6,6 +6,7 @@ more layers there are.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from typing import NamedTuple
 
 import torch
@@ -73,22 +74,23 @@ class DecodeGraphs:
 
     def run(self, slots: list[int], positions: list[int]) -> Decoded:
         """The decode step of these slots."""
-        num_rows = len(slots)
-        size = next(size for size in self._sizes if size >= num_rows)
-        context = next(context for context in self._contexts if context > max(positions))
-        self.capture(size, context)
-        captured = self._graphs[size, context]
+        num_rows, last = len(slots), max(positions)
+        size = self._sizes[bisect_left(self._sizes, num_rows)]
+        context = self._contexts[bisect_right(self._contexts, last)]
+        captured = self._graphs.get((size, context)) or self.capture(size, context)
         captured.rows.put(slots, positions)
         captured.first.replay()
+        captured.rows.moved_on()
         captured.places.free()
         captured.rest.replay()
         return Decoded(captured.logits[:num_rows], captured.places.take(num_rows))
 
     @torch.inference_mode()
-    def capture(self, size: int, context: int) -> None:
-        """Make the graph if it is not there."""
+    def capture(self, size: int, context: int) -> _Captured:
+        """The graphs of such a step, made if they are not there."""
         if (size, context) not in self._graphs:
             self._graphs[size, context] = self._capture(size, context)
+        return self._graphs[size, context]
 
     @torch.inference_mode()
     def compile(self, size: int, context: int) -> None:

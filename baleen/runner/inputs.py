@@ -31,15 +31,22 @@ class DecodeRows:
         self._size, self._padding = size, padding
         self._rows = upload([[padding] * size, [0] * size, [0] * size], device)
         self.slots, self.positions, self.advance = self._rows
-        self._there: tuple[list[int], list[int]] | None = None  # slots and positions on the device after the last step
+        self._there: tuple[list[int], list[int]] | None = None  # slots and positions on the device
 
     def put(self, slots: list[int], positions: list[int]) -> None:
         """The next step's."""
-        if self._there != (slots, positions):
-            missing = self._size - len(slots)
-            rows = [slots + [self._padding] * missing, positions + [0] * missing, [1] * len(slots) + [0] * missing]
-            pinned = self._rows.device.type == "cuda"
-            self._rows.copy_(torch.tensor(rows, dtype=torch.int64, pin_memory=pinned), non_blocking=True)
+        if self._there == (slots, positions):
+            return
+        missing = self._size - len(slots)
+        rows = [slots + [self._padding] * missing, positions + [0] * missing, [1] * len(slots) + [0] * missing]
+        pinned = self._rows.device.type == "cuda"
+        self._rows.copy_(torch.tensor(rows, dtype=torch.int64, pin_memory=pinned), non_blocking=True)
+        self._there = slots, positions
+
+    def moved_on(self) -> None:
+        """The step has been started that moves them."""
+        assert self._there is not None
+        slots, positions = self._there
         self._there = slots, [position + 1 for position in positions]
 
 

@@ -108,9 +108,8 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> LaunchedStep:
         """Start one step and sample the rows that ask for it. Raises nothing for bad logits: such a row samples -1."""
-        for row in batch.rows:
-            if row.open is not None or row.new_pages:
-                self.slots.update(row)
+        for row in [row for row in batch.rows if row.new_pages or row.open is not None]:
+            self.slots.update(row)
             if row.open is not None:
                 self._open(row.slot, row.open)
         self.forwards.start()

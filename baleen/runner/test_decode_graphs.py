@@ -74,4 +74,5 @@ def test_rows_move_on_by_themselves_and_are_uploaded_when_they_are_others(monkey
         assert rows.slots.tolist() == slots + [9] * missing
         assert rows.positions.tolist() == positions + [0] * missing, "padding stays at 0"
         rows.positions.add_(rows.advance)  # as the step does
+        rows.moved_on()
     assert counts == [1, 0, 0, 1, 0, 1, 1, 1, 0, 1]
