@@ -37,6 +37,7 @@ OPS = {  # ops of a process, in how many processes; the longest first
     ("sparse_mla",): 2,
     ("dense_mla",): 1,
     ("topk",): 2,
+    ("lm_head",): 2,
     ("grouped_gemm", "rms_norm"): 1,
     ("mla_inputs", "moe_gate", "kv_store"): 1,
     ("fp8_quant", "hadamard", "rope"): 1,
@@ -44,7 +45,7 @@ OPS = {  # ops of a process, in how many processes; the longest first
 
 
 # Their own tests run the cases on a GPU, against an outside oracle, and within the cases' tolerances.
-OWN_CASES = {"fp8_gemm", "sparse_mla", "dense_mla", "topk", "mla_inputs", "moe_gate", "kv_store"}
+OWN_CASES = {"fp8_gemm", "sparse_mla", "dense_mla", "topk", "mla_inputs", "moe_gate", "kv_store", "lm_head"}
 
 
 def ops() -> list[Unit]:
