@@ -1,14 +1,23 @@
-"""The shapes that decode graphs are made for, and the padding slot that fills them."""
+"""The shapes that decode graphs are made for, the padding slot that fills them, and what their steps give."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from baleen.attention.beside import Beside
+from baleen.flags import default_config
 from baleen.memory_plan import graph_rows
-from baleen.messages import OpenSlot, SamplingParams, ScheduledRow
-from baleen.runner.decode_graphs import padded_contexts, padded_sizes, usual_shapes
+from baleen.messages import OpenSlot, SamplingParams, ScheduledBatch, ScheduledRow
+from baleen.model.random_checkpoint import SIZES, official_config, write_random_checkpoint
+from baleen.runner.decode_graphs import DecodeGraphs, _Captured, padded_contexts, padded_sizes, usual_shapes
 from baleen.runner.inputs import DecodeRows, RequestSlots
+from baleen.runner.model_runner import ModelRunner
+from baleen.runner.outputs import Places, SampledIds
 
 
 @pytest.mark.parametrize(
@@ -76,3 +85,88 @@ def test_rows_move_on_by_themselves_and_are_uploaded_when_they_are_others(monkey
         rows.positions.add_(rows.advance)  # as the step does
         rows.moved_on()
     assert counts == [1, 0, 0, 1, 0, 1, 1, 1, 0, 1]
+
+
+class Late(Places):
+    """Whose ids are looked at when somebody reads them, as on a GPU."""
+
+    def take(self, num_rows: int) -> SampledIds:
+        ids = super().take(num_rows)
+        arrived: Any = SimpleNamespace(synchronize=lambda: None)
+        ids._ids, ids._arrived = None, arrived
+        return ids
+
+
+class Replayed(DecodeGraphs):
+    """On a CPU, where nothing can be captured: each replay runs what its graph would have been captured from."""
+
+    def __init__(self, runner: ModelRunner, max_batch: int, context_length: int) -> None:
+        self._model, self._backend, self._slots = runner.model, runner.backend, runner.slots
+        self._sizes = padded_sizes(max_batch)
+        self._contexts = padded_contexts(runner.backend.index_topk, context_length)
+        self._graphs = {}
+        self._beside = Beside()
+        self.replays: list[str] = []
+
+    def _capture(self, size: int, context: int) -> _Captured:
+        rows, places = DecodeRows(size, self._slots.padding, self._slots.device), Late(size, self._slots.device)
+        logits = torch.empty(size, self._model.config.vocab_size)
+        started: list[Any] = []
+
+        def first() -> None:
+            self.replays.append("first")
+            started[:] = self._start(rows, context)
+
+        def rest() -> None:
+            self.replays.append("rest")
+            logits.copy_(self._finish(rows, places, *started))
+
+        graphs: list[Any] = [SimpleNamespace(replay=replay) for replay in (first, rest)]
+        return _Captured(*graphs, rows, places, logits)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint")
+    write_random_checkpoint(path, official_config(**SIZES["tiny"]))
+    return path
+
+
+def _tokens(folder: Path, temperatures: tuple[float, ...], *, graphs: bool) -> list[tuple[int, ...]]:
+    """Of a few steps, which are all started before one is read. The second request ends early; on the way the others
+    change places, and stay away once; one position needs a wider context."""
+    lengths = (100, 77, 125)
+    settings: dict[str, Any] = {"dtype": "float32", "kv_cache_dtype": "float32", "device": "cpu"}
+    config = default_config(folder, max_running_requests=3, max_total_tokens=2048, context_length=256, **settings)
+    runner = ModelRunner(config)
+    if graphs:
+        runner.graphs = Replayed(runner, 4, 256)
+    launched = []
+    for slot, (length, temperature) in enumerate(zip(lengths, temperatures)):
+        prompt = tuple((7 * i * (slot + 1)) % 250 + 3 for i in range(length))
+        sampling = SamplingParams(temperature=temperature, seed=slot)
+        pages = tuple(range(1 + 4 * slot, 5 + 4 * slot))
+        opened = OpenSlot(sampling=sampling, pages=pages, num_prompt=length)
+        launched.append(
+            runner.execute(ScheduledBatch(slot, (ScheduledRow(slot=slot, start=0, token_ids=prompt, open=opened),)))
+        )
+    starts = list(lengths)
+    for number, slots in enumerate([(0, 1, 2)] * (Places.STEPS + 2) + [(0, 2), (2, 0), (2,), (2, 0), (2, 0)]):
+        rows = tuple(ScheduledRow(slot=slot, start=starts[slot]) for slot in slots)
+        launched.append(runner.execute(ScheduledBatch(number, rows)))
+        for slot in slots:
+            starts[slot] += 1
+    if graphs:
+        assert isinstance(runner.graphs, Replayed)
+        assert runner.graphs.replays == (Places.STEPS + 7) * ["first", "rest"]
+        assert set(runner.graphs._graphs) == {(4, 128), (4, 256), (2, 256), (1, 256)}
+        there = runner.graphs._graphs[2, 256].rows._there
+        assert there == ([2, 0], [starts[2], starts[0]]), "the next step of the same rows uploads nothing"
+    return [step.wait().token_ids for step in launched]
+
+
+@pytest.mark.parametrize("temperatures", [(0.0, 0.0, 0.0), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)])
+def test_steps_of_graphs_give_the_tokens_of_other_steps(folder: Path, temperatures: tuple[float, ...]) -> None:
+    expected = _tokens(folder, temperatures, graphs=False)
+    assert len(set(expected)) > 10
+    assert _tokens(folder, temperatures, graphs=True) == expected
