@@ -151,14 +151,14 @@ def _tokens(folder: Path, temperatures: tuple[float, ...], *, graphs: bool) -> l
             runner.execute(ScheduledBatch(slot, (ScheduledRow(slot=slot, start=0, token_ids=prompt, open=opened),)))
         )
     starts = list(lengths)
-    for number, slots in enumerate([(0, 1, 2)] * (Places.STEPS + 2) + [(0, 2), (2, 0), (2,), (2, 0), (2, 0)]):
+    for number, slots in enumerate([(0, 1, 2)] * (Places.STEPS + 4) + [(0, 2), (2, 0), (2,), (2, 0), (2, 0)]):
         rows = tuple(ScheduledRow(slot=slot, start=starts[slot]) for slot in slots)
         launched.append(runner.execute(ScheduledBatch(number, rows)))
         for slot in slots:
             starts[slot] += 1
     if graphs:
         assert isinstance(runner.graphs, Replayed)
-        assert runner.graphs.replays == (Places.STEPS + 7) * ["first", "rest"]
+        assert runner.graphs.replays == (Places.STEPS + 9) * ["first", "rest"]
         assert set(runner.graphs._graphs) == {(4, 128), (4, 256), (2, 256), (1, 256)}
         there = runner.graphs._graphs[2, 256].rows._there
         assert there == ([2, 0], [starts[2], starts[0]]), "the next step of the same rows uploads nothing"
