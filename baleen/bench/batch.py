@@ -36,6 +36,7 @@ class Result:
 
     prefill_*             None where there was none: --skip-prefill
     decode_ms             median of a step that is waited for before the next begins, as SGLang measures
+    decode_start_ms       median of the host's part of it, until the step has been started; on a CPU it has ended then
     decode_overlapped_ms  a step where the next is always started before it ends, as the engine runs
     """
 
@@ -45,6 +46,7 @@ class Result:
     prefill_ms: float | None
     prefill_tokens_per_s: float | None
     decode_ms: float
+    decode_start_ms: float
     decode_overlapped_ms: float
     decode_tokens_per_s: float
 
@@ -165,11 +167,13 @@ class Batch:
             started = time.perf_counter()
             self._run(self._prefill())
             prefill_s = time.perf_counter() - started
-            times = []
+            times, starts = [], []
             for batch in self._decode():
-                started = time.perf_counter()
-                self._runner.execute(batch).wait()
-                times.append(time.perf_counter() - started)
+                began = time.perf_counter()
+                launched = self._runner.execute(batch)
+                starts.append(time.perf_counter() - began)
+                launched.wait()
+                times.append(time.perf_counter() - began)
         started = time.perf_counter()
         self._run_overlapped(self._decode())
         overlapped_s = (time.perf_counter() - started) / (self._output_len - 1)
@@ -181,6 +185,7 @@ class Batch:
             prefill_ms=None if self._skip_prefill else 1000 * prefill_s,
             prefill_tokens_per_s=None if self._skip_prefill else tokens / prefill_s,
             decode_ms=1000 * statistics.median(times),
+            decode_start_ms=1000 * statistics.median(starts),
             decode_overlapped_ms=1000 * overlapped_s,
             decode_tokens_per_s=self._batch_size / overlapped_s,
         )
@@ -286,7 +291,17 @@ def _kernels(config: Config) -> str:
 
 def _row(result: Result, *, header: bool) -> str:
     """One line of the table, with the header before the first."""
-    titles = ("batch", "in", "out", "prefill ms", "prefill tok/s", "decode ms", "overlapped ms", "decode tok/s")
+    titles = (
+        "batch",
+        "in",
+        "out",
+        "prefill ms",
+        "prefill tok/s",
+        "decode ms",
+        "start ms",
+        "overlapped ms",
+        "decode tok/s",
+    )
     values = ["-" if value is None else value for value in asdict(result).values()]
     cells = [f"{value:.2f}" if isinstance(value, float) else str(value) for value in values]
     widths = [max(6, len(title)) for title in titles]

@@ -44,6 +44,7 @@ def test_a_table_and_a_line_of_json_for_each_batch(
             result["batch_size"] * 70 / (result["prefill_ms"] / 1000), rel=1e-6
         )
         assert min(result["decode_ms"], result["decode_overlapped_ms"]) > 0
+        assert 0 < result["decode_start_ms"] <= result["decode_ms"]
     shown = capsys.readouterr()
     assert "prefill tok/s" in shown.out
     assert "memory plan:" in shown.err
