@@ -12,11 +12,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from baleen.kernels.testing import Case, check
+
+T = TypeVar("T")
 
 BYTES_PER_MS = 4.26e9
 FP8_FLOPS_PER_MS = 1.232e12
@@ -46,6 +48,20 @@ def median_ms(function: Callable[[], Any], budget_ms: float = 200) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end))
     return statistics.median(times)
+
+
+def captured(function: Callable[[], T]) -> tuple[Callable[[], Any], T]:
+    """Its calls as the replay of a CUDA graph, as in a server, and what they write."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = function()
+    return graph.replay, out
 
 
 def time_all(result: Result, functions: Mapping[str, Callable[[], Any]]) -> Result:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -191,6 +192,18 @@ def largest_scratch(function: Callable[..., Any], *args: Any) -> int:
         if isinstance(leaf, Tensor):
             allocations.nbytes.pop(leaf.untyped_storage().data_ptr(), None)
     return max(allocations.nbytes.values(), default=0)
+
+
+def triton_module(op: str) -> tuple[ModuleType, str]:
+    """Triton's implementation of an op, and the device that it runs on here; skips the test where it does not run."""
+    import pytest
+
+    module = pytest.importorskip(f"baleen.kernels.{op}.triton_kernel", reason="needs the package triton")
+    if torch.cuda.is_available():
+        return module, "cuda"
+    if not module.triton.knobs.runtime.interpret:
+        pytest.skip("needs a CUDA device or Triton's interpreter")
+    return module, "cpu"
 
 
 def run_in_interpreter(file: str, chosen: str) -> None:

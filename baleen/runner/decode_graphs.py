@@ -26,8 +26,8 @@ WARMUPS = 2  # compile what is compiled at first use, and let the kernels make w
 class Decoded(NamedTuple):
     """What a decode step of R rows gave.
 
-    logits    [R, vocab] float32, overwritten by the next step
-    likeliest ids of each row, -1 where the logits are bad; they are the slots' last ids already
+    logits     [R, vocab] float32, overwritten by the next step
+    likeliest  ids of each row, -1 where the logits are bad; they are the slots' last ids already
     """
 
     logits: Tensor
@@ -45,7 +45,7 @@ class _Captured(NamedTuple):
 
 
 class DecodeGraphs:
-    """One graph for each padded batch size and context, captured when first needed.
+    """A step's graphs for each padded batch size and context, captured when first needed.
 
     Batches are padded to 1, 2, 4 or a multiple of 8 rows with the slot `RequestSlots.padding`, whose token goes to
     page 0. Contexts are padded to index_topk (where nothing is scored), then to twice as much, and so on: index logits,

@@ -61,7 +61,7 @@ class ModelRunner:
     """Loads the model of `config`; `execute` runs one step. One thread calls it at a time, steps in the order
     scheduled.
 
-    compiler         has compiled the grammar of every request that comes; None if none has one
+    compiler  has compiled the grammar of every request that comes; None if none has one
     forwards  time of the model's forwards since start, a warm-up's not, for benchmarks and /metrics
     """
 

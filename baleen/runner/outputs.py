@@ -55,7 +55,7 @@ class Places:
     turns   [size] int64 on the device: which of them is next, modulo STEPS; each step counts on
     """
 
-    STEPS = 4  # one more than an engine has in flight and reads, so that none waits here
+    STEPS = 4  # an engine has two in flight and has read the others, so that `free` waits for nothing
 
     def __init__(self, size: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"

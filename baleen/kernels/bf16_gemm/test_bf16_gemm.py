@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,8 +12,9 @@ from torch import Tensor
 from baleen.kernels.bf16_gemm import IMPLEMENTATIONS, bf16_gemm
 from baleen.kernels.bf16_gemm.cases import CASES, GPU_CASES, product
 from baleen.kernels.dispatch import available
-from baleen.kernels.testing import Case, assert_close, check, run_in_interpreter, to_device
+from baleen.kernels.testing import Case, assert_close, check, run_in_interpreter, to_device, triton_module
 
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # what the kernels run on here
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -52,16 +51,6 @@ def test_the_triton_kernel_in_its_interpreter() -> None:
     run_in_interpreter(__file__, "triton and float32 and float64 or in_triton")
 
 
-def _kernel() -> tuple[ModuleType, str, torch.dtype]:
-    """Triton's implementation, and the device and dtype that it runs on here."""
-    kernel = pytest.importorskip("baleen.kernels.bf16_gemm.triton_kernel", reason="needs the package triton")
-    if torch.cuda.is_available():
-        return kernel, "cuda", torch.bfloat16
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("needs a CUDA device or Triton's interpreter")
-    return kernel, "cpu", torch.float32
-
-
 @pytest.mark.parametrize(
     "config",
     [(16, 64, 1), (16, 64, 3, 256, 2), (16, 128, 5, 64), (16, 256, 2, 64, 3, 8), (32, 64, 5), (64, 64, 2, 128, 3, 8)],
@@ -70,8 +59,8 @@ def _kernel() -> tuple[ModuleType, str, torch.dtype]:
 def test_parts_of_k_and_tiles_of_any_size_in_triton(t: int, n: int, k: int, config: tuple[int, ...]) -> None:
     """Rows of the weight and of x that fill no tile, columns that fill no step; the result is the same each time, and
     the counters are zeros again."""
-    triton_kernel, device, dtype = _kernel()
-    case = Case("bf16_gemm", product, (t, n, k, 8, dtype), atol=2e-4)
+    triton_kernel, device = triton_module("bf16_gemm")
+    case = Case("bf16_gemm", product, (t, n, k, 8, DTYPE), atol=2e-4)
     arguments = to_device(case.arguments(), device)
     results = [triton_kernel.bf16_gemm(*arguments, triton_kernel.Config(*config)) for _ in range(2)]
     assert_close(results[0].cpu(), torch.from_numpy(_in_float64(*case.arguments())), case.rtol, case.atol)
@@ -82,8 +71,8 @@ def test_parts_of_k_and_tiles_of_any_size_in_triton(t: int, n: int, k: int, conf
 @pytest.mark.parametrize("config", [(16, 64, 1, 64), (16, 64, 3, 64, 2), (32, 128, 1, 64)])
 def test_the_largest_of_each_tile_in_triton(config: tuple[int, ...]) -> None:
     """Also of the last tile, which is not full; NaN where there is one; nothing for rows that x does not have."""
-    triton_kernel, device, dtype = _kernel()
-    x, weight = product(21, 200, 136, 0, dtype, torch.Generator())
+    triton_kernel, device = triton_module("bf16_gemm")
+    x, weight = product(21, 200, 136, 0, DTYPE, torch.Generator())
     weight[:, 0], weight[70, 3], x[:, 0], x[4] = -1, torch.nan, 9, torch.nan
     tiles = -(-200 // config[1])
     largest = torch.full((64, tiles), 7.0, device=device)

@@ -14,7 +14,7 @@ import deep_gemm
 import torch
 from torch import Tensor
 
-from baleen.kernels.bench_timing import BYTES_PER_MS, Result, report, time_all
+from baleen.kernels.bench_timing import BYTES_PER_MS, Result, captured, report, time_all
 from baleen.kernels.fp8_experts import deep_gemm as ours
 from baleen.kernels.fp8_experts import layout, reference, triton_kernel
 from baleen.kernels.fp8_quant import Quantized, quantize_1x128
@@ -55,20 +55,6 @@ def _inputs(tokens: int, num_experts: int) -> tuple[Any, Tensor, Tensor]:
     ids = torch.rand(tokens, num_experts - 1, device="cuda").topk(TOP_K).indices
     shared = torch.full((tokens, 1), num_experts - 1, device="cuda")
     return x, torch.cat((ids, shared), 1), torch.rand(tokens, TOP_K + 1, device="cuda")
-
-
-def _captured(function: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
-    """The graph's replay, and where it writes."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = function()
-    return graph.replay, out
 
 
 def _by_deep_gemm(
@@ -117,7 +103,7 @@ def _decode(tokens: int, weights: list[Tensor], verdicts: dict[str, str]) -> Res
     compared = {"streamed": ours.fp8_experts, "deep_gemm": _by_deep_gemm, "triton": triton_kernel.fp8_experts}
     for name, function in compared.items():
         try:
-            replay, out = _captured(partial(function, *arguments))
+            replay, out = captured(partial(function, *arguments))
             replay()
             errors.append(f"{name} {float((out.double() - expected).norm() / expected.norm()):.1e}")
             functions[name] = replay

@@ -141,9 +141,12 @@ def test_rows_go_to_their_experts_and_back(deep_gemm: Any, case: Case) -> None:
     assert_close(got, _token_by_token(*arguments), case.rtol, case.atol)
 
 
+@pytest.mark.parametrize("words", [16, 2048])
 @pytest.mark.parametrize(("tokens", "joined"), [(20, False), (100, False), (100, True)])
-def test_layouts_hold_each_row_once(deep_gemm: Any, tokens: int, joined: bool) -> None:
-    """One expert has all tokens, most have none; scales are column-major in x too."""
+def test_layouts_hold_each_row_once(
+    deep_gemm: Any, tokens: int, joined: bool, words: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One expert has all tokens, most have none; scales are column-major in x too. words: copied at a time."""
     experts, hidden = 40, 256
     g = torch.Generator().manual_seed(7)
     ids = torch.stack([torch.randperm(12, generator=g)[:5] * 3 for _ in range(tokens)])
@@ -151,6 +154,7 @@ def test_layouts_hold_each_row_once(deep_gemm: Any, tokens: int, joined: bool) -
     x = quantize_1x128(torch.randn(tokens, hidden, generator=g))
     x = x._replace(scale=x.scale.t().contiguous().t())
     layout = deep_gemm.layout
+    monkeypatch.setattr(layout, "_WORDS", words)
     place = layout.joined(x, ids, experts, 64) if joined else layout.masked(x, ids, experts)
     rows, counts = place.rows.long(), ids.flatten().bincount(minlength=experts)
     assert rows.unique().numel() == ids.numel()

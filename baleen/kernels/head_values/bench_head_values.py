@@ -6,14 +6,11 @@ python -m baleen.kernels.head_values.bench_head_values FOLDER
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from baleen.kernels.bench_timing import BYTES_PER_MS, Result, report, time_all
-from baleen.kernels.fp8_quant import Quantized, dequantize_1x128, quantize_1x128
+from baleen.kernels.bench_timing import BYTES_PER_MS, Result, captured, report, time_all
+from baleen.kernels.fp8_quant import dequantize_1x128, quantize_1x128
 from baleen.kernels.head_values import reference, triton_kernel
 
 HEADS, NOPE, VALUE, LATENT = 128, 128, 128, 512
@@ -31,27 +28,14 @@ def _decode(tokens: int, w_v: Tensor, verdicts: dict[str, str]) -> Result:
     attended = torch.randn(tokens, HEADS, LATENT, device="cuda").bfloat16()
     moved = w_v.numel() * 2 + tokens * HEADS * (LATENT * 2 + VALUE + 4)
     result = Result(f"head_values_quant, {tokens} tokens", moved / BYTES_PER_MS)
-    torch_replay, expected = _captured(lambda: quantize_1x128(reference.head_values(attended, w_v).flatten(1)))
-    triton_replay, got = _captured(lambda: triton_kernel.head_values_quant(attended, w_v))
+    torch_replay, expected = captured(lambda: quantize_1x128(reference.head_values(attended, w_v).flatten(1)))
+    triton_replay, got = captured(lambda: triton_kernel.head_values_quant(attended, w_v))
     torch_replay()
     triton_replay()
     right = dequantize_1x128(*expected).double()
     difference = (dequantize_1x128(*got).double() - right).norm() / right.norm()
     verdicts[result.shape] = f"difference of the norm {float(difference):.1e}"
     return time_all(result, {"torch.bmm, quantize_1x128": torch_replay, "triton": triton_replay})
-
-
-def _captured(function: Callable[[], Quantized]) -> tuple[Callable[[], Any], Quantized]:
-    """The graph's replay, and where it writes."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = function()
-    return graph.replay, out
 
 
 if __name__ == "__main__":

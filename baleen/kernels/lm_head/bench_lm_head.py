@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from baleen.kernels import bf16_gemm, greedy
-from baleen.kernels.bench_timing import BYTES_PER_MS, Result, median_ms, report
+from baleen.kernels.bench_timing import BYTES_PER_MS, Result, captured, median_ms, report
 from baleen.kernels.bf16_gemm.triton_kernel import Config, default_config, multiply
 from baleen.kernels.lm_head import reference, triton_kernel
 
@@ -88,7 +88,7 @@ def _measure(hidden: Tensor, weight: Tensor, verdicts: dict[str, str]) -> Result
     found = []
     for name, function in functions(hidden, weight).items():
         try:
-            replay, (logits, ids) = _captured(function)
+            replay, (logits, ids) = captured(function)
             replay()
             wrong = 0 if ids is None else int((ids != reference.greedy(logits)).sum())
             found.append(f"{name} {float((logits.double() - expected).norm() / expected.norm()):.1e}, {wrong} wrong")
@@ -98,19 +98,6 @@ def _measure(hidden: Tensor, weight: Tensor, verdicts: dict[str, str]) -> Result
     verdicts[f"{result.shape}, difference of the norm and ids"] = "; ".join(found)
     print(result, found, flush=True)
     return result
-
-
-def _captured(function: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
-    """The graph's replay, and where it writes."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = function()
-    return graph.replay, out
 
 
 if __name__ == "__main__":

@@ -3,9 +3,7 @@ bfloat16."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from baleen.kernels.bf16_gemm.cases import product
 from baleen.kernels.dispatch import available
 from baleen.kernels.lm_head import IMPLEMENTATIONS, lm_head
 from baleen.kernels.lm_head.cases import CASES, GPU_CASES, bad_rows, one_left, signs, tied, ties
-from baleen.kernels.testing import Case, assert_close, check, run_in_interpreter, to_device
+from baleen.kernels.testing import Case, assert_close, check, run_in_interpreter, to_device, triton_module
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -65,16 +63,6 @@ def test_what_the_special_cases_have() -> None:
     assert bool((logits <= -1).all())
 
 
-def _kernel() -> tuple[ModuleType, str]:
-    """Triton's implementation, and the device that it runs on here."""
-    kernel = pytest.importorskip("baleen.kernels.lm_head.triton_kernel", reason="needs the package triton")
-    if torch.cuda.is_available():
-        return kernel, "cuda"
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("needs a CUDA device or Triton's interpreter")
-    return kernel, "cpu"
-
-
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # what the kernels run on here
 
 
@@ -87,7 +75,7 @@ def test_the_triton_kernels_in_their_interpreter() -> None:
 @pytest.mark.parametrize("config", [(16, 64, 3, 64, 2), (64, 128, 1, 64), (128, 256, 1, 64, 4, 8)])
 def test_tiles_of_any_size_in_triton(config: tuple[int, ...]) -> None:
     """Every kind of row in tiles that the cases' default does not take; rows and tokens that fill none."""
-    kernel, device = _kernel()
+    kernel, device = triton_module("lm_head")
     for case in (
         Case("lm_head", product, (101, 300, 136, 8, DTYPE), atol=2e-4),
         Case("lm_head", ties, (20, 300, 136, DTYPE)),
@@ -104,7 +92,7 @@ def test_tiles_of_any_size_in_triton(config: tuple[int, ...]) -> None:
 
 def test_more_tiles_than_threads_in_triton() -> None:
     """300, which is no power of two either."""
-    kernel, device = _kernel()
+    kernel, device = triton_module("lm_head")
     arguments = to_device(ties(8, 4800, 128, DTYPE, torch.Generator()), device)
     _, ids = kernel.lm_head(*arguments, kernel.Config(16, 16, 1, 128, 2))
     assert ids.tolist() == [min(group) for group in tied(4800)]
@@ -114,7 +102,7 @@ def test_more_tiles_than_threads_in_triton() -> None:
 def test_more_rows_are_left_to_the_two_ops_in_triton(
     rows: int, called: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernel, device = _kernel()
+    kernel, device = triton_module("lm_head")
     calls = []
     for name in ("bf16_gemm", "greedy"):
         op = getattr(kernel, name)
