@@ -31,6 +31,14 @@ class Server:
             time.sleep(0.05)
 
 
+def command_line(pid: int | str) -> bytes:
+    """Of a process as the kernel tells it, its words ended by NUL; empty where the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):  # reaped since it was listed, or while it was read
+        return b""
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -21,7 +21,7 @@ import pytest
 from baleen.llm import LLM
 from baleen.messages import SamplingParams
 from baleen.model.random_checkpoint import build_random_checkpoint
-from tests.serving import Server, serve
+from tests.serving import Server, command_line, serve
 
 CONTEXT = 1024
 MODEL = "baleen-test"
@@ -287,9 +287,9 @@ def slow_stream(url: str, seen: list[str], num_tokens: int) -> None:
 
 
 def engine_pid(server: Server) -> int:
-    """The child that is not multiprocessing's resource tracker."""
+    """The child that multiprocessing spawned, not its resource tracker."""
     for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split():
-        if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if b"spawn_main" in command_line(pid):
             return int(pid)
     raise AssertionError("no engine process")
 
