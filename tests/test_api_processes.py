@@ -218,7 +218,7 @@ def test_sigterm_drains_all(checkpoint: Path) -> None:
         wait_until(lambda: len(children(server)) == 2)
         answers(server, other(server))
         answers(server, server.process.pid)
-        streams = at_each(server, num_tokens=400)
+        streams = at_each(server, num_tokens=150)
         pids = children(server)
         server.process.send_signal(signal.SIGTERM)
         for stream in streams:
