@@ -301,10 +301,15 @@ class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ScheduledBatch(msgspec.Struct, frozen=True):
-    """One forward: decode rows (one token each) first, then prefill chunks. Never empty."""
+    """One forward: decode rows (no `token_ids`) first, then prefill chunks. Never empty."""
 
     step: int
     rows: tuple[ScheduledRow, ...]
+
+    @property
+    def only_decodes(self) -> bool:
+        """True if all rows are decode rows."""
+        return not self.rows[-1].token_ids
 
 
 class RowError(msgspec.Struct, frozen=True):

@@ -45,9 +45,17 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(config, precision) if moe else Mlp(config, config.intermediate_size, precision)
 
     def forward(
-        self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, backend: AttentionBackend, metadata: Metadata
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        backend: AttentionBackend,
+        metadata: Metadata,
     ) -> tuple[Tensor, Tensor]:
-        """x, residual [T, hidden] -> the same pair for the next layer; x + residual is the hidden state."""
+        """x, residual [T, hidden] -> the same pair for the next layer; x + residual is the hidden state. The first
+        layer has no residual.
+        """
         normed, residual = self.input_layernorm.add(x, residual, fp8=self.self_attn.takes_fp8)
         x = self.self_attn(normed, cos, sin, backend, metadata)
         normed, residual = self.post_attention_layernorm.add(x, residual, fp8=self.mlp.takes_fp8)
@@ -116,7 +124,7 @@ class DeepseekV32ForCausalLM(nn.Module):
         with metadata.beside.start():
             cos, sin = self.cos[positions], self.sin[positions]
         x = self.embed_tokens(ids)
-        x, residual = self.layers[0](x, torch.zeros_like(x), cos, sin, backend, metadata)
+        x, residual = self.layers[0](x, None, cos, sin, backend, metadata)
         return Stream(x, residual, cos, sin)
 
     def finish(self, stream: Stream, backend: AttentionBackend, metadata: Metadata) -> Tensor:

@@ -114,8 +114,8 @@ class RMSNorm(nn.Module):
             return Activation(None, rms_norm_quant(x, self.weight, self.eps))
         return Activation(rms_norm(x, self.weight, self.eps))
 
-    def add(self, x: Tensor, residual: Tensor, *, fp8: bool) -> tuple[Activation, Tensor]:
-        """The norm of x + residual, also quantised if `fp8`, and that sum: [T, size] each."""
+    def add(self, x: Tensor, residual: Tensor | None, *, fp8: bool) -> tuple[Activation, Tensor]:
+        """The norm of x + residual, also quantised if `fp8`, and that sum, [T, size] each; of x alone without one."""
         if fp8:
             normed, rows, total = add_rms_norm_quant(x, residual, self.weight, self.eps)
             return Activation(normed, rows), total

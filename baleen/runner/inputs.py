@@ -93,7 +93,7 @@ class RequestSlots:
         rows = batch.rows
         slots, starts = upload([[row.slot for row in rows], [row.start for row in rows]], self.device)
         seq_lens = [row.start + row.num_tokens for row in rows]
-        if not any(row.token_ids for row in rows):
+        if batch.only_decodes:
             return self.decode_batch(slots, starts, seq_lens)
         num_decode = 0
         while num_decode < len(rows) and rows[num_decode].num_tokens == 1:

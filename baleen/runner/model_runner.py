@@ -140,7 +140,7 @@ class ModelRunner:
         remembered; and prompt logprobs of the rows that want them.
         """
         rows = batch.rows
-        if self.graphs is not None and self.graphs.fits(len(rows)) and not any(row.token_ids for row in rows):
+        if self.graphs is not None and self.graphs.fits(len(rows)) and batch.only_decodes:
             return *self.graphs.run([row.slot for row in rows], [row.start for row in rows]), ()
         inputs = self.slots.forward_batch(batch)
         metadata = self.backend.plan(inputs)

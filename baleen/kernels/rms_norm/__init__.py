@@ -33,10 +33,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _rms_norm(x, weight, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The residual stream after a sublayer, and its norm for the next one.
 
-    x, residual  [T, D] float32 or bfloat16, same dtype; rows may be strided
+    x, residual  [T, D] float32 or bfloat16, same dtype; rows may be strided; without residual the sum is x itself
     weight       [D]
     returns      (normed [T, D], residual + x [T, D]), x.dtype; the norm is that of the sum as rounded to x.dtype, so
                  the pair equals rms_norm after an addition
@@ -55,7 +55,9 @@ def rms_norm_quant(x: Tensor, weight: Tensor, eps: float) -> Quantized:
     return _rms_norm_quant(x, weight, eps)
 
 
-def add_rms_norm_quant(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Quantized, Tensor]:
+def add_rms_norm_quant(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Quantized, Tensor]:
     """add_rms_norm whose norm is wanted as it is and quantised.
 
     x, residual, weight  as for add_rms_norm

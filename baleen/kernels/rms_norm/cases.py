@@ -26,6 +26,12 @@ def _add(rows: int, dim: int, dtype: torch.dtype, weight_dtype: torch.dtype, g: 
     return x, torch.randn(rows, dim, generator=g).to(dtype), weight, eps
 
 
+def _alone(*parameters: Any) -> tuple[Any, ...]:
+    """Nothing to add to, as before the first layer."""
+    x, *rest = _norm(*parameters)
+    return x, None, *rest
+
+
 def _sliced(add: bool, *parameters: Any) -> tuple[Any, ...]:
     """The same with x, and the residual, as the middle of wider rows, as parts of one GEMM's output are."""
     arguments = _add(*parameters) if add else _norm(*parameters)
@@ -61,6 +67,11 @@ CASES = [
         _case(function, make, (rows, dim, torch.bfloat16, torch.float32))
         for function, make, _ in _FUNCTIONS
         for rows, dim in ((3, 7168), (2, 200))
+    ),
+    *(
+        _case(function, _alone, (rows, dim, dtype, torch.float32))
+        for function in ("add_rms_norm", "add_rms_norm_quant")
+        for rows, dim, dtype in ((1, 7168, torch.bfloat16), (5, 200, torch.float32))
     ),
     *(_case(function, _sliced, (add, 7, 512, torch.bfloat16, torch.float32)) for function, _, add in _FUNCTIONS),
 ]

@@ -13,8 +13,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    total = residual + x
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x if residual is None else residual + x
     return rms_norm(total, weight, eps), total
 
 
@@ -22,6 +22,8 @@ def rms_norm_quant(x: Tensor, weight: Tensor, eps: float) -> Quantized:
     return quantize_1x128(rms_norm(x, weight, eps))
 
 
-def add_rms_norm_quant(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Quantized, Tensor]:
+def add_rms_norm_quant(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Quantized, Tensor]:
     normed, total = add_rms_norm(x, residual, weight, eps)
     return normed, quantize_1x128(normed), total

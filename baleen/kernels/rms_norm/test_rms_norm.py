@@ -21,7 +21,9 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
     return np.stack([scale * row / np.sqrt(np.mean(row * row) + eps) for row in rows])
 
 
-def _add(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
+def _add(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> Any:
+    if residual is None:
+        return _norm(x, weight, eps), x
     total = torch.from_numpy(x.double().numpy() + residual.double().numpy()).to(x.dtype)
     return _norm(total, weight, eps), total
 
@@ -30,7 +32,7 @@ def _norm_quant(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Quantized:
     return quantize_1x128(torch.from_numpy(_norm(x, weight, eps)).to(x.dtype))
 
 
-def _add_quant(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
+def _add_quant(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> Any:
     normed, total = _add(x, residual, weight, eps)
     return normed, quantize_1x128(torch.from_numpy(normed).to(x.dtype)), total
 

@@ -30,10 +30,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if not _fits(x, weight, residual):
         return reference.add_rms_norm(x, residual, weight, eps)
-    normed, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = x if residual is None else torch.empty_like(normed)
     _launch(x, residual, weight, eps, normed, total, None)
     return normed, total
 
@@ -46,10 +47,13 @@ def rms_norm_quant(x: Tensor, weight: Tensor, eps: float) -> Quantized:
     return quantized
 
 
-def add_rms_norm_quant(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Quantized, Tensor]:
+def add_rms_norm_quant(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Quantized, Tensor]:
     if not _fits(x, weight, residual):
         return reference.add_rms_norm_quant(x, residual, weight, eps)
-    normed, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = x if residual is None else torch.empty_like(normed)
     quantized = empty_quantized(x.shape, x.device)
     _launch(x, residual, weight, eps, normed, total, quantized)
     return normed, quantized, total
@@ -116,7 +120,7 @@ def _norm(  # type: ignore[no-untyped-def]
     PDL: tl.constexpr,
 ):
     """Row program_id(0), as [BLOCKS, 128]. x and residual of those row strides, outputs contiguous; the pointers of
-    residual and of each output may be None."""
+    residual and of each output may be None. total: only what a residual is added to."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCKS)
     columns = block[:, None] * 128 + tl.arange(0, 128)[None, :]
