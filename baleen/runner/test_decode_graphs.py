@@ -132,15 +132,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _tokens(folder: Path, temperatures: tuple[float, ...], *, graphs: bool) -> list[tuple[int, ...]]:
-    """Of a few steps, which are all started before one is read. The second request ends early; on the way the others
-    change places, and stay away once; one position needs a wider context."""
-    lengths = (100, 77, 125)
+def _runner(folder: Path, *, graphs: bool) -> ModelRunner:
+    """Of three requests at most, exact but for float32's rounding."""
     settings: dict[str, Any] = {"dtype": "float32", "kv_cache_dtype": "float32", "device": "cpu"}
     config = default_config(folder, max_running_requests=3, max_total_tokens=2048, context_length=256, **settings)
     runner = ModelRunner(config)
     if graphs:
         runner.graphs = Replayed(runner, 4, 256)
+    return runner
+
+
+def _tokens(folder: Path, temperatures: tuple[float, ...], *, graphs: bool) -> list[tuple[int, ...]]:
+    """Of a few steps, which are all started before one is read. The second request ends early; on the way the others
+    change places, and stay away once; one position needs a wider context."""
+    lengths = (100, 77, 125)
+    runner = _runner(folder, graphs=graphs)
     launched = []
     for slot, (length, temperature) in enumerate(zip(lengths, temperatures)):
         prompt = tuple((7 * i * (slot + 1)) % 250 + 3 for i in range(length))
@@ -170,3 +176,27 @@ def test_steps_of_graphs_give_the_tokens_of_other_steps(folder: Path, temperatur
     expected = _tokens(folder, temperatures, graphs=False)
     assert len(set(expected)) > 10
     assert _tokens(folder, temperatures, graphs=True) == expected
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_prompt_beside_a_decode_row(folder: Path, graphs: bool) -> None:
+    """In one step they give the tokens that they give in steps of their own."""
+
+    def row(slot: int, start: int, *token_ids: int) -> ScheduledRow:
+        opened = None
+        if token_ids:
+            pages = tuple(range(1 + 4 * slot, 5 + 4 * slot))
+            sampling = SamplingParams(temperature=0.0)
+            opened = OpenSlot(sampling=sampling, pages=pages, num_prompt=len(token_ids))
+        return ScheduledRow(slot=slot, start=start, token_ids=token_ids, open=opened)
+
+    def tokens(*steps: tuple[ScheduledRow, ...]) -> list[int]:
+        runner = _runner(folder, graphs=graphs)
+        launched = [runner.execute(ScheduledBatch(number, rows)) for number, rows in enumerate(steps)]
+        return [token for step in launched for token in step.wait().token_ids]
+
+    before = row(0, 0, *range(10, 110))
+    decode, prompt = row(0, 100), row(1, 0, *range(50, 130))
+    expected = tokens((before,), (decode,), (prompt,))
+    assert len(set(expected)) == 3
+    assert tokens((before,), (decode, prompt)) == expected
