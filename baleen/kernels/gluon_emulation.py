@@ -33,7 +33,8 @@ def emulated(patch: pytest.MonkeyPatch, *names: str, inline_asm: Callable[..., A
     """The last of the modules named, which import triton and one another, in this order, all imported anew over the
     stand-ins. Undoing `patch` brings those back that were loaded before.
 
-    inline_asm  what inline_asm_elementwise computes, but for programmatic dependent launch, which is ignored
+    inline_asm  what inline_asm_elementwise computes, but for programmatic dependent launch and prefetches, which are
+                ignored
     """
     for name, module in _modules(inline_asm).items():
         patch.setitem(sys.modules, name, module)
@@ -56,6 +57,12 @@ class Registers(Tensor):
 
     def expand_dims(self, dim: int) -> Tensor:
         return self.unsqueeze(dim)
+
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Tensor:  # type: ignore[override]
+        """bitcast: of four bytes; torch makes eight of them where a Python number takes part."""
+        if not bitcast:
+            return super().to(dtype)
+        return (super().to(torch.int32) if self.dtype == torch.int64 else self).view(dtype)
 
 
 class Constant(int):
@@ -131,6 +138,10 @@ class Buffer:
 
     def load(self, layout: Any) -> Tensor:
         return self.data.clone().as_subclass(Registers)
+
+    def store(self, values: Tensor) -> None:
+        assert (self.data.shape, self.data.dtype) == (values.shape, values.dtype)
+        self.data.copy_(values)
 
     def spoil(self) -> None:
         self.data.fill_(torch.nan if self.data.is_floating_point() else 0x55555555)
@@ -244,13 +255,18 @@ class Kernel:
         return self.function(*arguments)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*arguments: Any, num_warps: int, launch_pdl: bool = False, **options: Any) -> None:
-            pointers = [Pointer(x.view(-1)) if isinstance(x, Tensor) else x for x in arguments]
+        def launch(*arguments: Any, num_warps: int, maxnreg: int = 0, launch_pdl: bool = False, **options: Any) -> None:
+            pointers = [Pointer(_memory(x)) if isinstance(x, Tensor) else x for x in arguments]
             for index in range(grid[0]):
                 _local.program = Program(index, grid[0])
                 self.function(*pointers, **options)
 
         return launch
+
+
+def _memory(x: Tensor) -> Tensor:
+    """From its first element to the end of what it is a part of."""
+    return x.as_strided((x.untyped_storage().nbytes() // x.element_size() - x.storage_offset(),), (1,))
 
 
 def jit(function: Any = None, **options: Any) -> Any:
@@ -273,14 +289,24 @@ def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
     return buffer
 
 
-def _load(pointer: Pointer) -> int | float:
-    """One element."""
-    assert 0 <= pointer.offset < pointer.data.numel(), "outside of the tensor"
-    return pointer.data[pointer.offset].item()
+def _load(pointer: Pointer, mask: Any = None, other: float = 0.0) -> Any:
+    """One element, or a tensor of them; what the mask leaves out is not looked at."""
+    if not isinstance(pointer.offset, Tensor):
+        assert 0 <= pointer.offset < pointer.data.numel(), "outside of the tensor"
+        return pointer.data[pointer.offset].item()
+    inside = torch.ones_like(pointer.offset, dtype=torch.bool) if mask is None else mask.expand_as(pointer.offset)
+    offset = pointer.offset[inside]
+    assert bool(((offset >= 0) & (offset < pointer.data.numel())).all()), "outside of the tensor"
+    values = torch.full(pointer.offset.shape, other, dtype=pointer.data.dtype)
+    values[inside] = pointer.data[offset.long()]
+    return values.as_subclass(Registers)
 
 
-def _store(pointer: Pointer, values: Tensor, mask: Tensor) -> None:
-    mask = mask.expand_as(values)
+def _store(pointer: Pointer, values: Tensor, mask: Tensor | None = None) -> None:
+    if not isinstance(pointer.offset, Tensor):
+        pointer.data[pointer.offset] = values.as_subclass(Tensor)
+        return
+    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.expand_as(values)
     offset = pointer.offset.expand_as(values)[mask]
     assert bool((offset >= 0).all()), "before the tensor"
     pointer.data[offset] = values[mask].as_subclass(Tensor)
@@ -290,8 +316,16 @@ def _constexpr(value: Any) -> Any:
     return Constant(value) if isinstance(value, int) else value
 
 
-def _layout(*arguments: Any) -> str:
-    return "layout"
+class Layout(str):
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        return self
+
+
+def _layout(*arguments: Any) -> Layout:
+    return Layout("layout")
 
 
 def _registers(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -303,7 +337,7 @@ def _registers(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _inline_asm(compute: Callable[..., Any] | None) -> Callable[..., Any]:
     def apply(asm: str, *arguments: Any, **options: Any) -> Any:
-        if asm.startswith("griddepcontrol."):
+        if asm.lstrip("{ ").startswith(("griddepcontrol.", "prefetch.")):
             return 0
         assert compute is not None, asm
         return compute(asm, *arguments, **options)
@@ -314,7 +348,8 @@ def _inline_asm(compute: Callable[..., Any] | None) -> Callable[..., Any]:
 def _language(inline_asm: Callable[..., Any] | None) -> dict[str, Any]:
     return {
         "NVMMASharedLayout": _layout, "NVMMADistributedLayout": _layout, "DistributedLinearLayout": _layout,
-        "SliceLayout": _layout, "DotOperandLayout": _layout, "constexpr": _constexpr, "static_range": range,
+        "SliceLayout": _layout, "DotOperandLayout": _layout, "BlockedLayout": _layout, "SwizzledSharedLayout": _layout,
+         "constexpr": _constexpr, "static_range": range,
         "float32": torch.float32, "bfloat16": torch.bfloat16, "float8e4nv": torch.float8_e4m3fn,
         "int32": torch.int32, "int64": torch.int64, "to_tensor": lambda x: x,
         "program_id": lambda axis: _local.program.index, "num_programs": lambda axis: _local.program.grid,

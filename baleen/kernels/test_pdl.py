@@ -169,6 +169,10 @@ def test_no_kernel_touches_what_others_do_before_it_waits(
             function(*case.arguments())
         if op == "fp8_experts":
             _masked_and_joined(monkeypatch, *case.arguments())
+        if case.function == "sparse_mla_fp8":
+            _parts_of_attention(monkeypatch, *case.arguments())
+        if case.function == "part_values_quant":
+            _part_values(monkeypatch, *case.arguments())
     for name, kernels in compiled.items():
         for kernel in kernels:
             ptx = kernel.asm["ptx"]
@@ -189,6 +193,22 @@ def _masked_and_joined(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None
     place = layout.masked(x, expert_ids, num_experts)
     out = torch.empty(place.values.shape[0], num_rows, dtype=dtype)
     gluon_kernel.multiply(place.values, place.scale, place.ends, weight, weight_scale, out)
+
+
+def _part_values(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
+    """What head_values launches on Hopper."""
+    from baleen.kernels.head_values import gluon_kernel
+
+    monkeypatch.setattr(gluon_kernel, "can_run", lambda sums: True)
+    gluon_kernel.part_values_quant(*arguments)
+
+
+def _parts_of_attention(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
+    """What sparse_mla launches on Hopper for few tokens."""
+    from baleen.kernels.sparse_mla import hopper
+
+    monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
+    hopper.sparse_mla_fp8_parts(*arguments)
 
 
 def launched_with_pdl(op: str) -> set[str]:

@@ -12,12 +12,13 @@ from baleen.kernels.fp8_quant import Quantized
 from baleen.kernels.sparse_mla import Parts
 
 IMPLEMENTATIONS = {
+    "gluon": "baleen.kernels.head_values.gluon_kernel:part_values_quant",
     "triton": "baleen.kernels.head_values.triton_kernel:head_values_quant",
     "reference": "baleen.kernels.head_values.reference:head_values_quant",
 }
 
 _head_values = Op(IMPLEMENTATIONS, "head_values")
-_head_values_quant = Op(IMPLEMENTATIONS)
+_head_values_quant = Op(IMPLEMENTATIONS, "head_values_quant")
 _part_values_quant = Op(IMPLEMENTATIONS, "part_values_quant")
 
 

@@ -1,4 +1,4 @@
-"""Absorbed MLA over the selected rows of the latent cache. Imports: kernels.{dispatch,kv_store}."""
+"""Absorbed MLA over the selected rows of the latent cache. Imports: kernels.{dispatch,kv_store,pdl}."""
 
 from __future__ import annotations
 

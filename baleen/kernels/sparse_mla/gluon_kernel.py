@@ -120,34 +120,14 @@ def attend(  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def attend_fp8(  # type: ignore[no-untyped-def]
-    q,
-    values,
-    scales,
-    rope,
-    indices,
-    out,
-    sums,
-    maxima,
-    totals,
-    num_selected,
-    num_heads,
-    per_part,
-    scale_log2,
-    q_token,
-    q_head,
-    out_token,
-    out_head,
-    index_token,
-    ROW: gl.constexpr,
-    SPLIT: gl.constexpr,
-):
+    q, values, scales, rope, indices, out, sums, maxima, totals, num_selected, num_heads, per_part, scale_log2,
+    q_token, q_head, out_token, out_head, index_token,
+    ROW: gl.constexpr, SPLIT: gl.constexpr, MORE: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
     """attend over FP8 rows, ROW bytes apart: values e4m3, as int32 words, 4 scales float32, rope bfloat16. Who adds up
-    the parts may start up at once: see kernels/pdl.py.
+    the parts may start up at once: see kernels/pdl.py. MORE: a part may have more than one tile.
     """
-    if SPLIT:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
+    _begin(SPLIT, PDL)
     token, head, chosen, begin, end = _share(indices, index_token, num_selected, num_heads, per_part)
     q_latent = gl.allocate_shared_memory(gl.bfloat16, [HEADS, LATENT], TILE)
     q_rope = gl.allocate_shared_memory(gl.bfloat16, [HEADS, ROPE], TILE)
@@ -163,40 +143,58 @@ def attend_fp8(  # type: ignore[no-untyped-def]
     index = _load_index(chosen, rows, end)
     words, scale = _load_packed(values, scales, index, ROW)
     _copy_rope(rope, index, ropes.index(0), ROW)
-    index = _load_index(chosen, rows + KEYS, end)
+    if MORE:
+        index = _load_index(chosen, rows + KEYS, end)
     _dequantize(words, scale, pairs.index(0))
-    words, scale = _load_packed(values, scales, index, ROW)
-    last_index = index
-    index = _load_index(chosen, rows + 2 * KEYS, end)
+    if MORE:
+        words, scale = _load_packed(values, scales, index, ROW)
+        last_index = index
+        index = _load_index(chosen, rows + 2 * KEYS, end)
     seen = _load_index(chosen, keys, end)
-    num_tiles = _num_tiles(chosen, begin, end)
+    num_tiles = 1
+    if MORE:
+        num_tiles = _num_tiles(chosen, begin, end)
     largest, total, acc = _start()
     _arrived()
     s = _scores(q_latent, q_rope, latents.index(0), ropes.index(0))
-    _copy_rope(rope, last_index, ropes.index(1), ROW)
-    _dequantize(words, scale, pairs.index(1))
-    words, scale = _load_packed(values, scales, index, ROW)
-    last_index = index
-    index = _load_index(chosen, rows + 3 * KEYS, end)
-    s = warpgroup_mma_wait(0, deps=(s,))
-    for tile in range(num_tiles - 1):
-        buffer = tile % 2
-        largest, total, acc = _softmax(s, seen, scale_log2, largest, total, acc, weights)
-        pending = warpgroup_mma(weights, latents.index(buffer), acc, is_async=True)
-        _arrived()
-        s = _scores(q_latent, q_rope, latents.index(1 - buffer), ropes.index(1 - buffer))
-        acc = warpgroup_mma_wait(2, deps=(pending,))
-        gl.thread_barrier()
-        _copy_rope(rope, last_index, ropes.index(buffer), ROW)
-        _dequantize(words, scale, pairs.index(buffer))
+    if MORE:
+        _copy_rope(rope, last_index, ropes.index(1), ROW)
+        _dequantize(words, scale, pairs.index(1))
         words, scale = _load_packed(values, scales, index, ROW)
         last_index = index
-        index = _load_index(chosen, rows + (tile + 4) * KEYS, end)
-        seen = _load_index(chosen, keys + (tile + 1) * KEYS, end)
-        s = warpgroup_mma_wait(0, deps=(s,))
+        index = _load_index(chosen, rows + 3 * KEYS, end)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    if MORE:
+        for tile in range(num_tiles - 1):
+            buffer = tile % 2
+            largest, total, acc = _softmax(s, seen, scale_log2, largest, total, acc, weights)
+            pending = warpgroup_mma(weights, latents.index(buffer), acc, is_async=True)
+            _arrived()
+            s = _scores(q_latent, q_rope, latents.index(1 - buffer), ropes.index(1 - buffer))
+            acc = warpgroup_mma_wait(2, deps=(pending,))
+            gl.thread_barrier()
+            _copy_rope(rope, last_index, ropes.index(buffer), ROW)
+            _dequantize(words, scale, pairs.index(buffer))
+            words, scale = _load_packed(values, scales, index, ROW)
+            last_index = index
+            index = _load_index(chosen, rows + (tile + 4) * KEYS, end)
+            seen = _load_index(chosen, keys + (tile + 1) * KEYS, end)
+            s = warpgroup_mma_wait(0, deps=(s,))
     largest, total, acc = _softmax(s, seen, scale_log2, largest, total, acc, weights)
     acc = warpgroup_mma(weights, latents.index((num_tiles - 1) % 2), acc)
     _finish(out, sums, maxima, totals, largest, total, acc, token, head, num_heads, out_token, out_head, SPLIT)
+
+
+@gluon.jit
+def _begin(SPLIT: gl.constexpr, PDL: gl.constexpr):  # type: ignore[no-untyped-def]
+    if PDL:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+    if SPLIT:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
 
 
 @gluon.jit

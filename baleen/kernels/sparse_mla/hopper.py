@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from baleen.kernels import pdl
 from baleen.kernels.sparse_mla import Parts, gluon_kernel, reference, triton_kernel
 from baleen.kernels.sparse_mla.shares import empty_parts, multiprocessors, shares
 
@@ -121,6 +122,6 @@ def _launch(
         ROW=row,
         SPLIT=parts is not None,
         num_warps=gluon_kernel.NUM_WARPS,
-        **options,
+        **(options if kernel is gluon_kernel.attend else {"MORE": per_part > _KEYS} | pdl.launch(q)),
     )
     return parts

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import operator
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from baleen import kernels
 from baleen.kernels import sparse_mla
 from baleen.kernels.kv_store.cases import latent_views
 from baleen.kernels.sparse_mla import reference
@@ -391,6 +393,10 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     for name, module in fakes.items():
         monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setattr(sparse_mla, name.split(".")[-1], module, raising=False)
+    pdl: Any = SimpleNamespace(launch=lambda tensor: {"PDL": False})
+    monkeypatch.setitem(sys.modules, "baleen.kernels.pdl", pdl)
+    monkeypatch.setattr(kernels, "pdl", pdl, raising=False)
+    monkeypatch.setattr(sparse_mla, "hopper", None, raising=False)  # so that undoing forgets what is imported here
     monkeypatch.delitem(sys.modules, f"{folder}.hopper", raising=False)
     module = importlib.import_module(f"{folder}.hopper")
     monkeypatch.setattr(module, "_is_hopper", lambda device: True)
@@ -451,8 +457,11 @@ def test_every_code_of_fp8(hopper: Any) -> None:
 )
 @pytest.mark.parametrize("fp8", [False, True])
 def test_the_emulation_notices(hopper: Any, correct: str, wrong: str, fp8: bool) -> None:
-    assert correct in SOURCE
-    mutant = _emulated("gluon_kernel", SOURCE.replace(correct, wrong))
+    # Both kernels have it, one of them further in.
+    lines = r"\n( +)".join(re.escape(line.strip()) for line in correct.split("\n"))
+    text, count = re.subn(lines, lambda found: wrong.replace("\n    ", "\n" + (found.groups() or ("",))[0]), SOURCE)
+    assert count
+    mutant = _emulated("gluon_kernel", text)
     hopper.gluon_kernel.attend, hopper.gluon_kernel.attend_fp8 = mutant.attend, mutant.attend_fp8
     name, make = ("sparse_mla_fp8", fp8_attention) if fp8 else ("sparse_mla", int32_attention)
     arguments = make(1, 64, 320, 512, 64, "none", torch.bfloat16, torch.Generator().manual_seed(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,8 +96,10 @@ def test_on_a_gpu_at_full_size(implementation: str, function: str, tokens: int) 
 
 
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize(("kernel", "row"), [("attend", 576), ("attend_fp8", 656)])
-def test_compiles_for_hopper(kernel: str, row: int, split: bool) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "row", "more"), [("attend", 576, True), ("attend_fp8", 656, True), ("attend_fp8", 656, False)]
+)
+def test_compiles_for_hopper(kernel: str, row: int, more: bool, split: bool) -> None:
     """Without a GPU: products on the tensor cores in flight side by side, tiles copied 16 bytes at a time."""
     triton = pytest.importorskip("triton", reason="needs the package triton")
     backends = pytest.importorskip("triton.backends.compiler")
@@ -107,7 +110,8 @@ def test_compiles_for_hopper(kernel: str, row: int, split: bool) -> None:
     names = function.arg_names
     pointers = dict.fromkeys(("q", "kv", "rope", "out"), "*bf16") | {"values": "*i32", "indices": "*i32"}
     pointers |= dict.fromkeys(("scales", "sums", "maxima", "totals"), "*fp32")
-    constants = {"ROW": row, "SPLIT": split, "HOLD_ROPE": True} | ({} if split else dict.fromkeys(("sums",)))
+    constants: dict[str, Any] = {"ROW": row, "SPLIT": split, "HOLD_ROPE": True, "MORE": more, "PDL": True}
+    constants |= {} if split else dict.fromkeys(("sums",))
     constants = {name: value for name, value in constants.items() if name in names}
     types = {"scale_log2": "fp32"} | pointers | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in names}
@@ -121,7 +125,7 @@ def test_compiles_for_hopper(kernel: str, row: int, split: bool) -> None:
     )
     ptx = compiled.asm["ptx"]
     assert compiled.metadata.shared <= 227 * 1024
-    assert ptx.count("wgmma.mma_async") == 2 * (36 + 4)
+    assert ptx.count("wgmma.mma_async") == (2 if more else 1) * (36 + 4)
     assert "cp.async.cg.shared.global" in ptx
     assert not re.search(r"cp\.async\.ca|ld\.global\.b16|st\.shared\.b16", ptx)
 
