@@ -9,6 +9,7 @@ late gives NaN or other numbers, a lost arrival a deadlock, a wrong number of by
 from __future__ import annotations
 
 import importlib
+import itertools
 import random
 import sys
 import threading
@@ -52,6 +53,8 @@ def emulated(patch: pytest.MonkeyPatch, *names: str, inline_asm: Callable[..., A
 class Registers(Tensor):
     """A tensor as a value: `+=` makes another."""
 
+    type = SimpleNamespace(layout=None)  # type: ignore[assignment]
+
     def __iadd__(self, other: Any) -> Any:  # type: ignore[misc]
         return self + other
 
@@ -75,8 +78,8 @@ class Constant(int):
 class Program:
     """One of a grid; errors of its partitions and of what they started."""
 
-    index: int
-    grid: int
+    index: tuple[int, ...]
+    grid: tuple[int, ...]
     errors: list[BaseException] = field(default_factory=list)
 
 
@@ -205,6 +208,18 @@ def copy_in(descriptor: Any, coordinates: list[int], barrier: Barrier, target: B
     threading.Thread(target=deliver, daemon=True).start()
 
 
+def copy_rows(target: Buffer, source: Pointer, mask: Tensor) -> None:
+    """cp.async: delivers when the partition waits for its copies."""
+    target.spoil()
+    _local.copies.append(lambda: target.data.copy_(_load(source, mask)))
+
+
+def wait_for_copies(outstanding: int) -> None:
+    assert outstanding == 0
+    while _local.copies:
+        _local.copies.pop(0)()
+
+
 def warpgroup_mma(a: Any, b: Buffer, acc: Any, use_acc: bool = True, is_async: bool = False) -> Product:
     assert is_async
     product = Product(a, b, acc if use_acc else None)
@@ -229,10 +244,10 @@ def warp_specialize(
     program: Program = _local.program
 
     def run(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        _local.program, _local.in_flight = program, []
+        _local.program, _local.in_flight, _local.copies = program, [], []
         try:
             function(*arguments)
-            assert not _local.in_flight, "a product that nobody waited for"
+            assert not _local.in_flight and not _local.copies, "a product, or a copy, that nobody waited for"
         except BaseException as error:
             program.errors.append(error)
 
@@ -257,8 +272,8 @@ class Kernel:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*arguments: Any, num_warps: int, maxnreg: int = 0, launch_pdl: bool = False, **options: Any) -> None:
             pointers = [Pointer(_memory(x)) if isinstance(x, Tensor) else x for x in arguments]
-            for index in range(grid[0]):
-                _local.program = Program(index, grid[0])
+            for index in itertools.product(*(range(size) for size in grid)):
+                _local.program = Program(index, grid)
                 self.function(*pointers, **options)
 
         return launch
@@ -337,7 +352,7 @@ def _registers(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _inline_asm(compute: Callable[..., Any] | None) -> Callable[..., Any]:
     def apply(asm: str, *arguments: Any, **options: Any) -> Any:
-        if asm.lstrip("{ ").startswith(("griddepcontrol.", "prefetch.")):
+        if asm.lstrip("{ ").startswith(("griddepcontrol.", "prefetch.", "mov.u32 $0, 0;")):
             return 0
         assert compute is not None, asm
         return compute(asm, *arguments, **options)
@@ -351,8 +366,8 @@ def _language(inline_asm: Callable[..., Any] | None) -> dict[str, Any]:
         "SliceLayout": _layout, "DotOperandLayout": _layout, "BlockedLayout": _layout, "SwizzledSharedLayout": _layout,
          "constexpr": _constexpr, "static_range": range,
         "float32": torch.float32, "bfloat16": torch.bfloat16, "float8e4nv": torch.float8_e4m3fn,
-        "int32": torch.int32, "int64": torch.int64, "to_tensor": lambda x: x,
-        "program_id": lambda axis: _local.program.index, "num_programs": lambda axis: _local.program.grid,
+        "int32": torch.int32, "int64": torch.int64, "to_tensor": lambda x: x, "cast": lambda x, dtype: x,
+        "program_id": lambda axis: _local.program.index[axis], "num_programs": lambda axis: _local.program.grid[axis],
         "cdiv": lambda a, b: -(-a // b), "exp2": torch.exp2, "zeros_like": torch.zeros_like,
         "load": _load, "store": _store, "where": _either(lambda c, a, b: a if c else b, torch.where),
         "minimum": _either(min, torch.minimum), "maximum": _either(max, torch.maximum),
@@ -360,6 +375,7 @@ def _language(inline_asm: Callable[..., Any] | None) -> dict[str, Any]:
         "zeros": _registers(lambda shape, dtype: torch.zeros(shape, dtype=dtype)),
         "full": _registers(lambda shape, value, dtype: torch.full(shape, value, dtype=dtype)),
         "max": torch.amax, "sum": torch.sum, "convert_layout": lambda x, layout, assert_trivial=False: x,
+        "reshape": torch.reshape, "join": lambda a, b: torch.stack([a, b], -1), "thread_barrier": lambda: None,
         "inline_asm_elementwise": _inline_asm(inline_asm), "allocate_shared_memory": _allocate,
         "warp_specialize": warp_specialize,
     }  # fmt: skip
@@ -372,6 +388,9 @@ def _modules(inline_asm: Callable[..., Any] | None) -> dict[str, ModuleType]:
         "expect": Barrier.expect, "wait": Barrier.wait, "arrive": Barrier.arrive,
     }  # fmt: skip
     hopper = {
+        "async_copy": SimpleNamespace(
+            async_copy_global_to_shared=copy_rows, commit_group=lambda: None, wait_group=wait_for_copies
+        ),
         "mbarrier": SimpleNamespace(**mbarrier), "tma": SimpleNamespace(async_copy_global_to_shared=copy_in),
         "fence_async_shared": lambda: None, "warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait,
     }  # fmt: skip

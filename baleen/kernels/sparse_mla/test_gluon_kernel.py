@@ -257,18 +257,24 @@ _INSTRUCTIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _assembly(text: str, constraints: str, arguments: list[Value], **options: Any) -> tuple[Value, Value] | None:
-    """PTX on 32-bit words with two results; a permission to the next kernel has none."""
-    if text.startswith("griddepcontrol.launch_dependents;"):
-        return None
-    registers = {"$2": arguments[0].data.long() & 0xFFFFFFFF, "$3": arguments[1].data.long() & 0xFFFFFFFF}
+def run_assembly(text: str, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+    """PTX on 32-bit words, $2 on, with two results."""
+    registers = {f"${2 + i}": argument.long() & 0xFFFFFFFF for i, argument in enumerate(arguments)}
     for line in text.strip("{} \n").split(";"):
         name, _, operands = line.strip().partition(" ")
         if name and name != ".reg":
             target, *sources = (operand.strip() for operand in operands.split(","))
             registers[target] = _INSTRUCTIONS[name](*(registers[s] if s in registers else int(s, 0) for s in sources))
-    shape = arguments[0].data.shape
+    shape = arguments[0].shape
     low, high = (registers[name].to(torch.int32).expand(shape) for name in ("$0", "$1"))
+    return low, high
+
+
+def _assembly(text: str, constraints: str, arguments: list[Value], **options: Any) -> tuple[Value, Value] | None:
+    """A permission to the next kernel has no result."""
+    if text.startswith("griddepcontrol.launch_dependents;"):
+        return None
+    low, high = run_assembly(text, *(argument.data for argument in arguments))
     return Value(low), Value(high)
 
 
