@@ -211,7 +211,7 @@ def copy_in(descriptor: Any, coordinates: list[int], barrier: Barrier, target: B
 def copy_rows(target: Buffer, source: Pointer, mask: Tensor) -> None:
     """cp.async: delivers when the partition waits for its copies."""
     target.spoil()
-    _local.copies.append(lambda: target.data.copy_(_load(source, mask)))
+    _local.copies.append(lambda: target.data.copy_(load(source, mask)))
 
 
 def wait_for_copies(outstanding: int) -> None:
@@ -247,7 +247,8 @@ def warp_specialize(
         _local.program, _local.in_flight, _local.copies = program, [], []
         try:
             function(*arguments)
-            assert not _local.in_flight and not _local.copies, "a product, or a copy, that nobody waited for"
+            assert not _local.in_flight, "a product that nobody waited for"
+            assert not _local.copies, "a copy that nobody waited for"
         except BaseException as error:
             program.errors.append(error)
 
@@ -304,7 +305,7 @@ def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
     return buffer
 
 
-def _load(pointer: Pointer, mask: Any = None, other: float = 0.0) -> Any:
+def load(pointer: Pointer, mask: Any = None, other: float = 0.0) -> Any:
     """One element, or a tensor of them; what the mask leaves out is not looked at."""
     if not isinstance(pointer.offset, Tensor):
         assert 0 <= pointer.offset < pointer.data.numel(), "outside of the tensor"
@@ -369,13 +370,14 @@ def _language(inline_asm: Callable[..., Any] | None) -> dict[str, Any]:
         "int32": torch.int32, "int64": torch.int64, "to_tensor": lambda x: x, "cast": lambda x, dtype: x,
         "program_id": lambda axis: _local.program.index[axis], "num_programs": lambda axis: _local.program.grid[axis],
         "cdiv": lambda a, b: -(-a // b), "exp2": torch.exp2, "zeros_like": torch.zeros_like,
-        "load": _load, "store": _store, "where": _either(lambda c, a, b: a if c else b, torch.where),
+        "load": load, "store": _store, "where": _either(lambda c, a, b: a if c else b, torch.where),
         "minimum": _either(min, torch.minimum), "maximum": _either(max, torch.maximum),
         "arange": _registers(lambda start, end: torch.arange(start, end, dtype=torch.int32)),
         "zeros": _registers(lambda shape, dtype: torch.zeros(shape, dtype=dtype)),
         "full": _registers(lambda shape, value, dtype: torch.full(shape, value, dtype=dtype)),
         "max": torch.amax, "sum": torch.sum, "convert_layout": lambda x, layout, assert_trivial=False: x,
-        "reshape": torch.reshape, "join": lambda a, b: torch.stack([a, b], -1), "thread_barrier": lambda: None,
+        "reshape": torch.reshape, "split": lambda x: x.unbind(-1), "join": lambda a, b: torch.stack([a, b], -1),
+        "thread_barrier": lambda: None,
         "inline_asm_elementwise": _inline_asm(inline_asm), "allocate_shared_memory": _allocate,
         "warp_specialize": warp_specialize,
     }  # fmt: skip

@@ -1,17 +1,18 @@
 """Sparse MLA over FP8 rows on Hopper, in Gluon: a program attends 64 heads of one token to its selected rows, or to a
-part of them, with one group of four warps for each of three tasks.
+part of them, with a group of four warps for each of three tasks.
 
-rows   fetches 64 rows at a time, through registers, and dequantises them into shared memory: K in all 576 columns, V in
-       the first 512. Loads run a tile ahead.
+rows   fetches 64 rows at a time, through registers and a tile ahead, and writes them as bfloat16 into shared memory:
+       K in all 576 columns, V in the first 512
 left   scores, softmax, and the left half of the weighted sum, 64 x 256 float32 in registers
 right  the right half, with weights and factors that `left` leaves in shared memory
 
-Shared memory holds the queries (72 KiB) and two tiles (72 KiB each). Tiles go by pairs: scores of both, then the sums
-over both, so that the tensor cores work on the scores of one or the sum over the other while a softmax is computed, and
-on the sum over the second while the first tile of the next pair is written. A tile's weights take the place of its
-rope part, which is read no more by then.
+Shared memory holds the queries (72 KiB) and two tiles (72 KiB each). Tiles go by pairs: the scores of the second are
+computed, and their softmax, while the first is added up, and the first of the next pair is written while the second is.
+A tile's weights take the place of its rope part, which is read no more by then.
 
-What threads write to shared memory is fenced before the barrier behind which the tensor cores read it.
+Before the tensor cores read what threads wrote to shared memory there is a fence: where `left` writes weights, and,
+for the tiles, where `left` has waited for them. Where they are written it would wait for all that `rows` loads ahead.
+What `right` reads of a tile comes after: the weights are its permission.
 """
 
 from __future__ import annotations
@@ -105,9 +106,10 @@ def attend(  # type: ignore[no-untyped-def]
     place = (token, head, num_heads)
     result = (out, sums, out_token, out_head)
     query = q + token * q_token, q_head, queries, query_rope
+    parts = maxima, totals
     gl.warp_specialize(
         [
-            (_left, (query, tiles, left_to_right, barriers, place, result, maxima, totals, num_pairs, scale_log2, SPLIT)),
+            (_left, (query, tiles, left_to_right, barriers, place, result, parts, num_pairs, scale_log2, SPLIT)),
             (_right, (tiles, left_to_right, barriers, place, result, num_pairs, SPLIT)),
             (_rows, (values, scales, rope, chosen, begin, end, words, ropes, hidden, barriers, num_pairs, ROW)),
         ],
@@ -152,12 +154,13 @@ def _rows(  # type: ignore[no-untyped-def]
     rows = begin + gl.arange(0, KEYS, layout=PACKED_ROWS)
     line = begin + gl.arange(0, KEYS, layout=LINE)
     index = _load_index(chosen, rows, end)
-    following = _load_index(chosen, rows + KEYS, end)
     seen = _load_index(chosen, line, end)
-    words_0, scale_0 = _load_block(values, scales, index, 0, ROW)
-    words_1, scale_1 = _load_block(values, scales, index, 1, ROW)
-    words_2, scale_2 = _load_block(values, scales, index, 2, ROW)
-    words_3, scale_3 = _load_block(values, scales, index, 3, ROW)
+    scale_0, scale_1, scale_2, scale_3 = _load_scales(scales, index, ROW)
+    words_0 = _load_block(values, index, 0, ROW)
+    words_1 = _load_block(values, index, 1, ROW)
+    words_2 = _load_block(values, index, 2, ROW)
+    words_3 = _load_block(values, index, 3, ROW)
+    following = _load_index(chosen, rows + KEYS, end)
     for tile in range(num_pairs * 2):
         buffer = tile & 1
         mbarrier.wait(read.index(buffer), (tile >> 1) & 1 ^ 1)
@@ -166,31 +169,46 @@ def _rows(  # type: ignore[no-untyped-def]
         async_copy.async_copy_global_to_shared(ropes.index(buffer), rope + source, mask=(pairs >= 0)[:, None])
         async_copy.commit_group()
         hidden.index(buffer).store(gl.where(seen >= 0, 0.0, -float("inf")))
-        _dequantize(words_0, scale_0, words, buffer, 0)
-        _dequantize(words_1, scale_1, words, buffer, 1)
-        _dequantize(words_2, scale_2, words, buffer, 2)
-        _dequantize(words_3, scale_3, words, buffer, 3)
-        async_copy.wait_group(0)
-        fence_async_shared()
-        gl.thread_barrier()
-        mbarrier.arrive(written.index(buffer), count=1)
-        # Not before the fence, which may wait for all of them.
         index = following
-        words_0, scale_0 = _load_block(values, scales, index, 0, ROW)
-        words_1, scale_1 = _load_block(values, scales, index, 1, ROW)
-        words_2, scale_2 = _load_block(values, scales, index, 2, ROW)
-        words_3, scale_3 = _load_block(values, scales, index, 3, ROW)
+        _dequantize(words_0, scale_0, words, buffer, 0)
+        words_0 = _load_block(values, index, 0, ROW)
+        _dequantize(words_1, scale_1, words, buffer, 1)
+        words_1 = _load_block(values, index, 1, ROW)
+        _dequantize(words_2, scale_2, words, buffer, 2)
+        words_2 = _load_block(values, index, 2, ROW)
+        _dequantize(words_3, scale_3, words, buffer, 3)
+        words_3 = _load_block(values, index, 3, ROW)
+        scale_0, scale_1, scale_2, scale_3 = _load_scales(scales, index, ROW)
         following = _load_index(chosen, rows + (tile + 2) * KEYS, end)
         seen = _load_index(chosen, line + (tile + 1) * KEYS, end)
+        async_copy.wait_group(0)
+        gl.thread_barrier()
+        mbarrier.arrive(written.index(buffer), count=1)
 
 
 @gluon.jit
-def _load_block(values, scales, index, block, ROW: gl.constexpr):  # type: ignore[no-untyped-def]
-    """What one scale stands for of 64 rows: words [KEYS, 32], 4 codes each, and scales [KEYS]; zeros where no index is."""
+def _load_block(values, index, block, ROW: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Of 64 rows what has one scale: [KEYS, 32], 4 codes each; zeros where no index is."""
     row = index.to(gl.int64) * (ROW // 4)
-    source = values + row[:, None] + (block * WORDS + gl.arange(0, WORDS, layout=PACKED_COLUMNS))[None, :]
-    words = gl.load(source, mask=(index >= 0)[:, None], other=0)
-    return words, gl.load(scales + row + block, mask=index >= 0, other=0.0)
+    source = values + (row[:, None] + (block * WORDS + gl.arange(0, WORDS, layout=PACKED_COLUMNS))[None, :])
+    return gl.load(source, mask=(index >= 0)[:, None], other=0)
+
+
+@gluon.jit
+def _load_scales(scales, index, ROW: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Those of 64 rows, one [KEYS] for each block; zeros where no index is."""
+    row = index.to(gl.int64) * (ROW // 4)
+    source = scales + (row[:, None] + gl.arange(0, BLOCKS, layout=PACKED_COLUMNS)[None, :])
+    loaded = gl.load(source, mask=(index >= 0)[:, None], other=0.0)
+    even, odd = gl.split(gl.reshape(loaded, [KEYS, 2, 2]))
+    scale_0, scale_2 = gl.split(even)
+    scale_1, scale_3 = gl.split(odd)
+    return _as_rows(scale_0), _as_rows(scale_1), _as_rows(scale_2), _as_rows(scale_3)
+
+
+@gluon.jit
+def _as_rows(x):  # type: ignore[no-untyped-def]
+    return gl.convert_layout(x, PACKED_ROWS, assert_trivial=True)
 
 
 @gluon.jit
@@ -226,7 +244,7 @@ def _dequantize(words, scale, tiles, buffer, BLOCK: gl.constexpr):  # type: igno
 
 @gluon.jit
 def _left(  # type: ignore[no-untyped-def]
-    query, tiles, left_to_right, barriers, place, result, maxima, totals, num_pairs, scale_log2, SPLIT: gl.constexpr
+    query, tiles, left_to_right, barriers, place, result, parts, num_pairs, scale_log2, SPLIT: gl.constexpr
 ):
     q, q_head, queries, query_rope = query
     latents, ropes, hidden = tiles
@@ -234,15 +252,14 @@ def _left(  # type: ignore[no-untyped-def]
     written, _, read, totalled = barriers
     query_tiles = queries, query_rope
     token, head, num_heads = place
+    maxima, totals = parts
 
     heads = head + gl.arange(0, HEADS, layout=COPY_ROWS)
     rows = (heads.to(gl.int64) * q_head)[:, None]
     valid = (heads < num_heads)[:, None]
     columns = gl.arange(0, HALF, layout=COPY_COLUMNS)[None, :]
     for half in gl.static_range(2):
-        async_copy.async_copy_global_to_shared(
-            queries.index(half), q + (rows + (half * HALF + columns)), mask=valid
-        )
+        async_copy.async_copy_global_to_shared(queries.index(half), q + (rows + (half * HALF + columns)), mask=valid)
     columns = LATENT + gl.arange(0, ROPE, layout=COPY_COLUMNS)[None, :]
     async_copy.async_copy_global_to_shared(query_rope, q + (rows + columns), mask=valid)
     async_copy.commit_group()
@@ -253,7 +270,7 @@ def _left(  # type: ignore[no-untyped-def]
     largest = gl.full([HEADS], -1e30, gl.float32, layout=SCORE_HEADS)
     total = _thread_sums(gl.zeros([HEADS, KEYS], gl.float32, layout=SCORES))
     acc = gl.zeros([HEADS, HALF], gl.float32, layout=SUMS)
-    mbarrier.wait(written.index(0), 0)
+    _wait_for_tile(written.index(0), 0)
     s = warpgroup_mma_wait(0, deps=(_scores(queries, query_rope, latents, ropes, 0),))
     p, largest, total, shrink = _softmax(s, hidden.index(0), scale_log2, largest, total)
     for pair in range(num_pairs - 1):
@@ -261,7 +278,7 @@ def _left(  # type: ignore[no-untyped-def]
             acc, p, largest, total, shrink, scale_log2, query_tiles, tiles, factors, barriers, pair & 1
         )
         acc = _add(p, latents.index(2), acc, shrink)
-        mbarrier.wait(written.index(0), pair & 1 ^ 1)
+        _wait_for_tile(written.index(0), pair & 1 ^ 1)
         s = _scores(queries, query_rope, latents, ropes, 0)
         acc = warpgroup_mma_wait(PRODUCTS, deps=(acc,))
         gl.thread_barrier()
@@ -296,7 +313,7 @@ def _sum_of_first(  # type: ignore[no-untyped-def]
     latents, ropes, hidden = tiles
     written, weighted, read, _ = barriers
     _hand_over(p, shrink, ropes.index(0), factors.index(0), weighted.index(0))
-    mbarrier.wait(written.index(1), phase)
+    _wait_for_tile(written.index(1), phase)
     s = _scores(queries, query_rope, latents, ropes, 1)
     acc = _add(p, latents.index(0), acc, shrink)
     s = warpgroup_mma_wait(1, deps=(s,))
@@ -324,6 +341,12 @@ def _right(tiles, left_to_right, barriers, place, result, num_pairs, SPLIT: gl.c
         mbarrier.arrive(read.index(buffer), count=1)
     mbarrier.wait(totalled, 0)
     _store(result, acc, total.load(SUM_HEADS), latents.index(1), place, HALF, SPLIT)
+
+
+@gluon.jit
+def _wait_for_tile(written, phase):  # type: ignore[no-untyped-def]
+    mbarrier.wait(written, phase)
+    fence_async_shared()
 
 
 @gluon.jit
@@ -358,7 +381,8 @@ def _softmax(s, hidden, scale_log2, largest, total):  # type: ignore[no-untyped-
 
 @gluon.jit
 def _hand_over(p, shrink, target, factors, weighted):  # type: ignore[no-untyped-def]
-    """A tile's weights and their factor to the group on the right."""
+    """A tile's weights and their factor to the group on the right, once no warp reads what they take the place of."""
+    gl.thread_barrier()
     target.store(p)
     factors.store(shrink)
     fence_async_shared()

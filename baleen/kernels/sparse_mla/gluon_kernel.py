@@ -1,10 +1,11 @@
 """Sparse MLA on Hopper in Gluon: a program attends 64 heads of one token to its selected rows, or to a part of them.
+FP8 rows of more than one tile have kernels of their own, in gluon_fp8.py.
 
 A tile of 64 rows is K in all its 576 columns and V in the first 512: fetched once, read by both products. Shared memory
 holds the queries (72 KiB), two tiles (72 KiB each) and the softmax weights of one (8 KiB). While the tensor cores work
-on the sum over one tile and the scores of the next, the tile after that arrives: with cp.async for bfloat16 rows; for
-FP8 rows through registers, where it is dequantised. The sum, 64 x 512 float32, is 128 registers of each thread; a
-warpgroup has half of its columns, and of the scores half of the rows.
+on the sum over one tile and the scores of the next, the tile after that arrives with cp.async; FP8 rows come through
+registers, where they are dequantised. The sum, 64 x 512 float32, is 128 registers of each thread; a warpgroup has half
+of its columns, and of the scores half of the rows.
 
 Writes by threads to shared memory are fenced before a barrier wherever the tensor cores read them next.
 """
@@ -119,69 +120,35 @@ def attend(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def attend_fp8(  # type: ignore[no-untyped-def]
+def attend_fp8_tile(  # type: ignore[no-untyped-def]
     q, values, scales, rope, indices, out, sums, maxima, totals, num_selected, num_heads, per_part, scale_log2,
     q_token, q_head, out_token, out_head, index_token,
-    ROW: gl.constexpr, SPLIT: gl.constexpr, MORE: gl.constexpr, PDL: gl.constexpr,
+    ROW: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """attend over FP8 rows, ROW bytes apart: values e4m3, as int32 words, 4 scales float32, rope bfloat16. Who adds up
-    the parts may start up at once: see kernels/pdl.py. MORE: a part may have more than one tile.
+    """attend over FP8 rows, of which a part has at most 64: ROW bytes apart, values e4m3, as int32 words, 4 scales
+    float32, rope bfloat16. Who adds up the parts may start up at once: see kernels/pdl.py.
     """
     _begin(SPLIT, PDL)
     token, head, chosen, begin, end = _share(indices, index_token, num_selected, num_heads, per_part)
     q_latent = gl.allocate_shared_memory(gl.bfloat16, [HEADS, LATENT], TILE)
     q_rope = gl.allocate_shared_memory(gl.bfloat16, [HEADS, ROPE], TILE)
-    pairs = gl.allocate_shared_memory(gl.int32, [2, KEYS, LATENT // 2], WORD_TILE)
-    latents = pairs._reinterpret(gl.bfloat16, [2, KEYS, LATENT], TILE)
-    ropes = gl.allocate_shared_memory(gl.bfloat16, [2, KEYS, ROPE], TILE)
+    pairs = gl.allocate_shared_memory(gl.int32, [KEYS, LATENT // 2], WORD_TILE)
+    latent = pairs._reinterpret(gl.bfloat16, [KEYS, LATENT], TILE)
+    key_rope = gl.allocate_shared_memory(gl.bfloat16, [KEYS, ROPE], TILE)
     weights = gl.allocate_shared_memory(gl.bfloat16, [HEADS, KEYS], TILE)
 
     heads = head + gl.arange(0, HEADS, COPY_ROWS)
     _copy_rows(q + token * q_token + heads.to(gl.int64) * q_head, heads < num_heads, q_latent, q_rope)
-    rows = begin + gl.arange(0, KEYS, PACKED_ROWS)
-    keys = begin + gl.arange(0, KEYS, SCORE_KEYS)
-    index = _load_index(chosen, rows, end)
+    index = _load_index(chosen, begin + gl.arange(0, KEYS, PACKED_ROWS), end)
     words, scale = _load_packed(values, scales, index, ROW)
-    _copy_rope(rope, index, ropes.index(0), ROW)
-    if MORE:
-        index = _load_index(chosen, rows + KEYS, end)
-    _dequantize(words, scale, pairs.index(0))
-    if MORE:
-        words, scale = _load_packed(values, scales, index, ROW)
-        last_index = index
-        index = _load_index(chosen, rows + 2 * KEYS, end)
-    seen = _load_index(chosen, keys, end)
-    num_tiles = 1
-    if MORE:
-        num_tiles = _num_tiles(chosen, begin, end)
+    _copy_rope(rope, index, key_rope, ROW)
+    _dequantize(words, scale, pairs)
+    seen = _load_index(chosen, begin + gl.arange(0, KEYS, SCORE_KEYS), end)
     largest, total, acc = _start()
     _arrived()
-    s = _scores(q_latent, q_rope, latents.index(0), ropes.index(0))
-    if MORE:
-        _copy_rope(rope, last_index, ropes.index(1), ROW)
-        _dequantize(words, scale, pairs.index(1))
-        words, scale = _load_packed(values, scales, index, ROW)
-        last_index = index
-        index = _load_index(chosen, rows + 3 * KEYS, end)
-    s = warpgroup_mma_wait(0, deps=(s,))
-    if MORE:
-        for tile in range(num_tiles - 1):
-            buffer = tile % 2
-            largest, total, acc = _softmax(s, seen, scale_log2, largest, total, acc, weights)
-            pending = warpgroup_mma(weights, latents.index(buffer), acc, is_async=True)
-            _arrived()
-            s = _scores(q_latent, q_rope, latents.index(1 - buffer), ropes.index(1 - buffer))
-            acc = warpgroup_mma_wait(2, deps=(pending,))
-            gl.thread_barrier()
-            _copy_rope(rope, last_index, ropes.index(buffer), ROW)
-            _dequantize(words, scale, pairs.index(buffer))
-            words, scale = _load_packed(values, scales, index, ROW)
-            last_index = index
-            index = _load_index(chosen, rows + (tile + 4) * KEYS, end)
-            seen = _load_index(chosen, keys + (tile + 1) * KEYS, end)
-            s = warpgroup_mma_wait(0, deps=(s,))
+    s = warpgroup_mma_wait(0, deps=(_scores(q_latent, q_rope, latent, key_rope),))
     largest, total, acc = _softmax(s, seen, scale_log2, largest, total, acc, weights)
-    acc = warpgroup_mma(weights, latents.index((num_tiles - 1) % 2), acc)
+    acc = warpgroup_mma(weights, latent, acc)
     _finish(out, sums, maxima, totals, largest, total, acc, token, head, num_heads, out_token, out_head, SPLIT)
 
 

@@ -1,5 +1,5 @@
-"""Sparse MLA on Hopper, by the kernels of gluon_kernel.py: any number of heads, latents of 512, rope parts of 64, in
-bfloat16. What those do not take goes to triton_kernel.py.
+"""Sparse MLA on Hopper, by the kernels of gluon_kernel.py and gluon_fp8.py: any number of heads, latents of 512, rope
+parts of 64, in bfloat16. What those do not take goes to triton_kernel.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from baleen.kernels import pdl
-from baleen.kernels.sparse_mla import Parts, gluon_kernel, reference, triton_kernel
+from baleen.kernels.sparse_mla import Parts, gluon_fp8, gluon_kernel, reference, triton_kernel
 from baleen.kernels.sparse_mla.shares import empty_parts, multiprocessors, shares
 
 _HEADS, _KEYS, _LATENT, _ROPE = 64, 64, 512, 64
@@ -22,14 +22,14 @@ _BF16_OPTIONS = {"HOLD_ROPE": True}
 def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, scale: float, d_v: int) -> Tensor:
     if d_v != _LATENT or not _fits(q) or not _copies(kv, torch.bfloat16, 8):
         return triton_kernel.sparse_mla(q, kv, indices, scale, d_v)
-    return _attend(gluon_kernel.attend, q, (kv,), kv.stride(0), indices, scale, _BF16_OPTIONS)
+    return _attend(q, (kv,), kv.stride(0), indices, scale)
 
 
 def sparse_mla_fp8(q: Tensor, values: Tensor, scales: Tensor, rope: Tensor, indices: Tensor, scale: float) -> Tensor:
     if not _fits(q) or not _is_packed(values, scales, rope):
         return triton_kernel.sparse_mla_fp8(q, values, scales, rope, indices, scale)
     rows = (values.view(torch.int32), scales, rope)
-    return _attend(gluon_kernel.attend_fp8, q, rows, values.stride(0), indices, scale, {})
+    return _attend(q, rows, values.stride(0), indices, scale)
 
 
 def sparse_mla_fp8_parts(
@@ -38,7 +38,7 @@ def sparse_mla_fp8_parts(
     if not q.shape[0] or not _fits(q) or not _is_packed(values, scales, rope):
         return reference.sparse_mla_fp8_parts(q, values, scales, rope, indices, scale)
     rows = (values.view(torch.int32), scales, rope)
-    parts = _launch(gluon_kernel.attend_fp8, q, rows, values.stride(0), indices, scale, {}, None)
+    parts = _launch(q, rows, values.stride(0), indices, scale, None)
     assert parts is not None
     return parts
 
@@ -65,32 +65,26 @@ def _copies(rows: Tensor, dtype: torch.dtype, multiple: int) -> bool:
     return rows.dtype == dtype and rows.stride(1) == 1 and rows.stride(0) % multiple == 0 and rows.data_ptr() % 16 == 0
 
 
-def _attend(
-    kernel: Any,
-    q: Tensor,
-    rows: tuple[Tensor, ...],
-    row: int,
-    indices: Tensor,
-    scale: float,
-    options: dict[str, bool],
-) -> Tensor:
+def _attend(q: Tensor, rows: tuple[Tensor, ...], row: int, indices: Tensor, scale: float) -> Tensor:
     out = torch.empty(*q.shape[:2], _LATENT, dtype=q.dtype, device=q.device)
     if out.numel():
-        parts = _launch(kernel, q, rows, row, indices, scale, options, out)
+        parts = _launch(q, rows, row, indices, scale, out)
         if parts is not None:
             triton_kernel.combine(*parts, out)
     return out
 
 
+def _kernel(rows: tuple[Tensor, ...], per_part: int, q: Tensor) -> tuple[Any, dict[str, Any]]:
+    """The kernel for these rows, and what its launch takes beside them."""
+    if len(rows) == 1:
+        return gluon_kernel.attend, {"num_warps": gluon_kernel.NUM_WARPS} | _BF16_OPTIONS
+    if per_part <= _KEYS:
+        return gluon_kernel.attend_fp8_tile, {"num_warps": gluon_kernel.NUM_WARPS} | pdl.launch(q)
+    return gluon_fp8.attend, {"num_warps": gluon_fp8.NUM_WARPS} | pdl.launch(q)
+
+
 def _launch(
-    kernel: Any,
-    q: Tensor,
-    rows: tuple[Tensor, ...],
-    row: int,
-    indices: Tensor,
-    scale: float,
-    options: dict[str, bool],
-    out: Tensor | None,
+    q: Tensor, rows: tuple[Tensor, ...], row: int, indices: Tensor, scale: float, out: Tensor | None
 ) -> Parts | None:
     """The parts; None if there is one, which is written to out, if there is that."""
     num_tokens, num_heads, _ = q.shape
@@ -104,6 +98,7 @@ def _launch(
     parts = None
     if count > 1 or out is None:
         parts = empty_parts((num_tokens, count, num_heads, _LATENT), q.device)
+    kernel, options = _kernel(rows, per_part, q)
     kernel[(programs, count)](
         q,
         *rows,
@@ -121,7 +116,6 @@ def _launch(
         indices.stride(0),
         ROW=row,
         SPLIT=parts is not None,
-        num_warps=gluon_kernel.NUM_WARPS,
-        **(options if kernel is gluon_kernel.attend else {"MORE": per_part > _KEYS} | pdl.launch(q)),
+        **options,
     )
     return parts

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import operator
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from baleen import kernels
-from baleen.kernels import sparse_mla
+from baleen.kernels import gluon_emulation, sparse_mla
 from baleen.kernels.kv_store.cases import latent_views
 from baleen.kernels.sparse_mla import reference
 from baleen.kernels.sparse_mla.cases import CASES, fp8_attention, int32_attention
@@ -270,6 +269,14 @@ def run_assembly(text: str, *arguments: Tensor) -> tuple[Tensor, Tensor]:
     return low, high
 
 
+def emulated_assembly(text: str, constraints: str, arguments: list[Tensor], **options: Any) -> Any:
+    """For gluon_emulation. Its other instruction makes two bfloat16 of a float32."""
+    if text.startswith("cvt.rn.bf16x2.f32"):
+        bits = arguments[0].bfloat16().view(torch.int16).long() & 0xFFFF
+        return (bits | bits << 16).to(torch.int32).as_subclass(gluon_emulation.Registers)
+    return tuple(x.as_subclass(gluon_emulation.Registers) for x in run_assembly(text, *arguments))
+
+
 def _assembly(text: str, constraints: str, arguments: list[Value], **options: Any) -> tuple[Value, Value] | None:
     """A permission to the next kernel has no result."""
     if text.startswith("griddepcontrol.launch_dependents;"):
@@ -395,6 +402,7 @@ SOURCE = (Path(__file__).parent / "gluon_kernel.py").read_text()
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The module hopper, its kernels emulated."""
     folder = "baleen.kernels.sparse_mla"
+    gluon_emulation.emulated(monkeypatch, f"{folder}.gluon_fp8", inline_asm=emulated_assembly)
     fakes = {f"{folder}.gluon_kernel": _emulated("gluon_kernel", SOURCE), f"{folder}.triton_kernel": _FakeTriton()}
     for name, module in fakes.items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -461,15 +469,26 @@ def test_every_code_of_fp8(hopper: Any) -> None:
         ("async_copy.wait_group(0)\n    gl.thread_barrier()\n    total", "total"),
     ],
 )
-@pytest.mark.parametrize("fp8", [False, True])
-def test_the_emulation_notices(hopper: Any, correct: str, wrong: str, fp8: bool) -> None:
-    # Both kernels have it, one of them further in.
-    lines = r"\n( +)".join(re.escape(line.strip()) for line in correct.split("\n"))
-    text, count = re.subn(lines, lambda found: wrong.replace("\n    ", "\n" + (found.groups() or ("",))[0]), SOURCE)
-    assert count
-    mutant = _emulated("gluon_kernel", text)
-    hopper.gluon_kernel.attend, hopper.gluon_kernel.attend_fp8 = mutant.attend, mutant.attend_fp8
-    name, make = ("sparse_mla_fp8", fp8_attention) if fp8 else ("sparse_mla", int32_attention)
-    arguments = make(1, 64, 320, 512, 64, "none", torch.bfloat16, torch.Generator().manual_seed(0))
+def test_the_emulation_notices(hopper: Any, correct: str, wrong: str) -> None:
+    assert correct in SOURCE
+    hopper.gluon_kernel.attend = _emulated("gluon_kernel", SOURCE.replace(correct, wrong)).attend
+    arguments = int32_attention(1, 64, 320, 512, 64, "none", torch.bfloat16, torch.Generator().manual_seed(0))
     with pytest.raises(AssertionError):
-        getattr(hopper, name)(*arguments)
+        hopper.sparse_mla(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("correct", "wrong"),
+    [
+        ("fence_async_shared()\n    gl.thread_barrier()\n    return now", "gl.thread_barrier()\n    return now"),
+        ("gl.thread_barrier()\n    return now", "return now"),
+        ("wait_group(0)\n    fence_async_shared()", "wait_group(0)"),
+        ("    _dequantize(words, scale, pairs)\n    seen", "    seen"),
+    ],
+)
+def test_the_emulation_notices_in_the_kernel_of_one_tile(hopper: Any, correct: str, wrong: str) -> None:
+    assert correct in SOURCE
+    hopper.gluon_kernel.attend_fp8_tile = _emulated("gluon_kernel", SOURCE.replace(correct, wrong)).attend_fp8_tile
+    arguments = fp8_attention(1, 64, 60, 512, 64, "none", torch.bfloat16, torch.Generator().manual_seed(0))
+    with pytest.raises(AssertionError):
+        assert_close(hopper.sparse_mla_fp8(*arguments), reference.sparse_mla_fp8(*arguments), 2**-7, 0.1)

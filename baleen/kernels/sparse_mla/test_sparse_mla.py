@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from typing import Any
 
@@ -97,20 +98,25 @@ def test_on_a_gpu_at_full_size(implementation: str, function: str, tokens: int) 
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize(
-    ("kernel", "row", "more"), [("attend", 576, True), ("attend_fp8", 656, True), ("attend_fp8", 656, False)]
+    ("module", "kernel", "row", "products"),
+    [
+        ("gluon_kernel", "attend", 576, 2 * (36 + 4)),
+        ("gluon_kernel", "attend_fp8_tile", 656, 36 + 4),
+        ("gluon_fp8", "attend", 656, 4 * 36 + 4 * 4 + 4),  # a pair in the loop, one outside; the right half
+    ],
 )
-def test_compiles_for_hopper(kernel: str, row: int, more: bool, split: bool) -> None:
+def test_compiles_for_hopper(module: str, kernel: str, row: int, products: int, split: bool) -> None:
     """Without a GPU: products on the tensor cores in flight side by side, tiles copied 16 bytes at a time."""
     triton = pytest.importorskip("triton", reason="needs the package triton")
     backends = pytest.importorskip("triton.backends.compiler")
     source = pytest.importorskip("triton.experimental.gluon._runtime").GluonASTSource
-    from baleen.kernels.sparse_mla import gluon_kernel
+    kernels = importlib.import_module(f"baleen.kernels.sparse_mla.{module}")
 
-    function = getattr(gluon_kernel, kernel)
+    function = getattr(kernels, kernel)
     names = function.arg_names
     pointers = dict.fromkeys(("q", "kv", "rope", "out"), "*bf16") | {"values": "*i32", "indices": "*i32"}
     pointers |= dict.fromkeys(("scales", "sums", "maxima", "totals"), "*fp32")
-    constants: dict[str, Any] = {"ROW": row, "SPLIT": split, "HOLD_ROPE": True, "MORE": more, "PDL": True}
+    constants: dict[str, Any] = {"ROW": row, "SPLIT": split, "HOLD_ROPE": True, "PDL": True}
     constants |= {} if split else dict.fromkeys(("sums",))
     constants = {name: value for name, value in constants.items() if name in names}
     types = {"scale_log2": "fp32"} | pointers | dict.fromkeys(constants, "constexpr")
@@ -121,11 +127,11 @@ def test_compiles_for_hopper(kernel: str, row: int, more: bool, split: bool) -> 
     compiled = triton.compile(
         source(function, signature, constants, aligned),
         target=backends.GPUTarget("cuda", 90, 32),
-        options={"num_warps": gluon_kernel.NUM_WARPS},
+        options={"num_warps": kernels.NUM_WARPS},
     )
     ptx = compiled.asm["ptx"]
     assert compiled.metadata.shared <= 227 * 1024
-    assert ptx.count("wgmma.mma_async") == (2 if more else 1) * (36 + 4)
+    assert ptx.count("wgmma.mma_async") == products
     assert "cp.async.cg.shared.global" in ptx
     assert not re.search(r"cp\.async\.ca|ld\.global\.b16|st\.shared\.b16", ptx)
 
