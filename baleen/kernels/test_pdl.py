@@ -40,10 +40,19 @@ def _program(ptx: str) -> tuple[list[tuple[str, str, str]], dict[str, int], dict
     return instructions, labels, targets
 
 
+def _by_task(instructions: list[tuple[str, str, str]]) -> set[str]:
+    """Predicates that compare the byte by which specialised warps are told their task."""
+    tasks = {operands.split(",")[0] for _, operation, operands in instructions if operation == "ld.shared.b8"}
+    compared = [operands.split(", ") for _, operation, operands in instructions if operation == "setp.eq.b16"]
+    return {predicate for predicate, byte, _ in compared if byte in tasks}
+
+
 def _before_the_wait(
-    instructions: list[tuple[str, str, str]], labels: dict[str, int], targets: dict[str, list[str]]
+    instructions: list[tuple[str, str, str]], labels: dict[str, int], targets: dict[str, list[str]], never: set[str]
 ) -> Iterator[int]:
-    """Of the instructions, which can be reached without waiting. targets: of each branch by a table."""
+    """Of the instructions, which can be reached without waiting. targets: of each branch by a table; never: predicates
+    of branches that are not taken.
+    """
     places, seen = [0], set()
     while places:
         place = places.pop()
@@ -55,7 +64,7 @@ def _before_the_wait(
         jumps = operation.startswith(("bra", "brx"))
         if operation.startswith("brx"):
             places += [labels[label] for label in targets.get(operands.split(",")[1].strip(), ())]
-        elif jumps:
+        elif jumps and predicate not in never:
             places.append(labels[operands.strip()])
         if predicate or not (jumps or operation in ("ret", "exit")):
             places.append(place + 1)
@@ -103,15 +112,15 @@ def violations(ptx: str, names: list[str]) -> list[str]:
     instructions, labels, targets = _program(ptx)
     kinds = r"\.ptr\b.*_param_(\d+)|\.b8 \w+_param_(\d+)\[128\]"
     pointers = {int(number or descriptor) for number, descriptor in re.findall(kinds, ptx)}
-    # A kernel of specialised warps branches by a table to what each does. Those that do nothing reach `ret` by it, and
-    # may: the block ends with its other warps, which wait. `ret` on another path ends it.
-    without_table = set(_before_the_wait(instructions, labels, {}))
+    # A kernel of specialised warps branches to the task of each, by a table or, if they are few, comparing. Those that
+    # have none reach `ret` by it, and may: the block ends with its other warps, which wait. On another path it ends.
+    without_tasks = set(_before_the_wait(instructions, labels, {}, _by_task(instructions)))
     found = []
-    for place in _before_the_wait(instructions, labels, targets):
+    for place in _before_the_wait(instructions, labels, targets, set()):
         _, operation, operands = instructions[place]
         kind, *where = re.split(r"[.:]+", operation)
         if kind in ("ret", "exit"):
-            found += [operation] * (place in without_table)
+            found += [operation] * (place in without_tasks)
         elif kind in ("ld", "st", "atom", "red", "cp") and "[" in operands and _is_shared_with_others(where):
             address = _global_address(operation, operands)
             used = {names[number] for number in _parameters(instructions, address) & pointers}
@@ -326,6 +335,7 @@ LOAD = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::by
 STORE = "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group"
 
 
+@pytest.mark.parametrize("by_table", [True, False])
 @pytest.mark.parametrize("partition", ["IN_FIRST", "IN_SECOND", "IN_DEFAULT"])
 @pytest.mark.parametrize(
     ("instruction", "found"),
@@ -338,21 +348,26 @@ STORE = "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group"
         ("@%p2 st.global.b32 [%rd5], %r5;", ["st.global.b32 by ['out']"]),
     ],
 )
-def test_specialised_warps_are_followed(partition: str, instruction: str, found: list[str]) -> None:
+def test_specialised_warps_are_followed(partition: str, instruction: str, found: list[str], by_table: bool) -> None:
     names = _names({"weight": "tensordesc<fp8e4nv[64, 128],Layout(rank=2)>", "N": "constexpr"})
     names += _names({"x": "tensordesc<fp8e4nv[16, 128]>", "out": "*bf16"})
-    assert violations(_specialised(**{partition: instruction}), names) == found
+    assert violations(_specialised(by_table, **{partition: instruction}), names) == found
 
 
-def test_only_warps_without_a_part_return_without_waiting() -> None:
+@pytest.mark.parametrize("by_table", [True, False])
+def test_only_warps_without_a_part_return_without_waiting(by_table: bool) -> None:
     names = [*["weight"] * 5, *["x"] * 5, "out"]
-    assert violations(_specialised(IN_FIRST="bra.uni $L__BB0_5;"), names) == []
-    assert violations(_specialised(IN_DEFAULT="@%p2 ret;"), names) == ["ret"]
-    assert violations(_specialised(IN_DEFAULT="@%p2 bra $L__BB0_5;"), names) == ["ret"]
+    assert violations(_specialised(by_table, IN_FIRST="bra.uni $L__BB0_5;"), names) == []
+    assert violations(_specialised(by_table, IN_DEFAULT="@%p2 ret;"), names) == ["ret"]
+    assert violations(_specialised(by_table, IN_DEFAULT="@%p2 bra $L__BB0_5;"), names) == ["ret"]
 
 
-def _specialised(**parts: str) -> str:
+def _specialised(by_table: bool, **parts: str) -> str:
     ptx = SPECIALISED.replace("\tLOAD", f"\t{LOAD}")
+    if not by_table:
+        start, end = ptx.index("\t$L_brx_0:"), ptx.index("$L__BB0_2:\n")
+        compared = (f"\tsetp.eq.b16 %p{9 + i}, %r2, {i};\n\t@%p{9 + i} bra $L__BB0_{(2, 3, 5)[i]};\n" for i in range(3))
+        ptx = ptx[:start] + "".join(compared) + "\tbra.uni $L__BB0_1;\n" + ptx[end:]
     for part in ("IN_FIRST", "IN_SECOND", "IN_DEFAULT"):
         ptx = ptx.replace(part, parts.get(part, ""))
     return ptx

@@ -1,4 +1,4 @@
-"""The routed experts of one layer on FP8 weights. Imports: kernels.{dispatch,fp8_quant,grouped_gemm,pdl}."""
+"""The routed experts of one layer on FP8 weights. Imports: kernels.{dispatch,fp8_quant,grouped_gemm,pdl,pdl_gluon}."""
 
 from __future__ import annotations
 

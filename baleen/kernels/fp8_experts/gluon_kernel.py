@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from baleen.kernels import pdl
+from baleen.kernels import pdl, pdl_gluon
 from baleen.kernels.fp8_experts.layout import MASKED_TOKENS
 
 BLOCK = gl.constexpr(128)  # of K, and of the scales
@@ -90,22 +90,6 @@ def _store_layout(tokens):  # type: ignore[no-untyped-def]
     )
 
 
-@gluon.jit
-def _wait_for_kernels_before(PDL: gl.constexpr):  # type: ignore[no-untyped-def]
-    if PDL:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
-
-
-@gluon.jit
-def _let_next_start(PDL: gl.constexpr):  # type: ignore[no-untyped-def]
-    if PDL:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
-
-
 @gluon.constexpr_function
 def _num_tiles(shape):  # type: ignore[no-untyped-def]
     """Of all experts."""
@@ -135,7 +119,7 @@ def _load_weight(weight, counts, buffers, barriers, SHAPE: gl.constexpr, PDL: gl
     stage, phase = gl.to_tensor(0), gl.to_tensor(1)
     # Of the first tile, whether or not its expert has a row: how many it has a kernel before may still write.
     stage, phase = _load_blocks(weight, buffers, barriers, stage, phase, start, 0, AHEAD, SHAPE)
-    _wait_for_kernels_before(PDL)
+    pdl_gluon.wait(PDL)
     stage, phase = _load_blocks(weight, buffers, barriers, stage, phase, start, AHEAD, BLOCKS, SHAPE)
     for index in range(start + gl.num_programs(0), _num_tiles(SHAPE), gl.num_programs(0)):
         if gl.load(counts + _tile(index, SHAPE)[0]) > 0:
@@ -166,8 +150,8 @@ def _load_tokens(  # type: ignore[no-untyped-def]
 ):
     BLOCKS: gl.constexpr = SHAPE[2] // BLOCK
     full, empty = barriers
-    _wait_for_kernels_before(PDL)
-    _let_next_start(PDL)
+    pdl_gluon.wait(PDL)
+    pdl_gluon.let_next_start(PDL)
     start = gl.program_id(0)
     stage, phase = 0, 1
     following = gl.load(counts + _tile(start, SHAPE)[0])
@@ -277,7 +261,7 @@ def _store(  # type: ignore[no-untyped-def]
 def _compute(  # type: ignore[no-untyped-def]
     weight_scale, counts, out, buffers, barriers, GROUP: gl.constexpr, SHAPE: gl.constexpr, PDL: gl.constexpr
 ):
-    _wait_for_kernels_before(PDL)
+    pdl_gluon.wait(PDL)
     start = gl.program_id(0)
     stage, phase = 0, 0
     following = gl.load(counts + _tile(start, SHAPE)[0])

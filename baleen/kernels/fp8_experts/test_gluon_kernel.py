@@ -20,7 +20,7 @@ BRANCHES = (0, 1, 16, 17, 32, 33, 64, 65, 128)
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    names = ("pdl", "fp8_experts.layout", "fp8_experts.gluon_kernel")
+    names = ("pdl", "pdl_gluon", "fp8_experts.layout", "fp8_experts.gluon_kernel")
     with monkeypatch.context() as patch:
         yield emulated(patch, *(f"baleen.kernels.{name}" for name in names))
 

@@ -1,6 +1,6 @@
 """What MLA's absorbed attention found in the latent space, taken out of it for each head.
 
-Imports: kernels.{dispatch,fp8_quant,pdl,sparse_mla}.
+Imports: kernels.{dispatch,fp8_quant,pdl,pdl_gluon,sparse_mla}.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from baleen.kernels import pdl
+from baleen.kernels import pdl, pdl_gluon
 from baleen.kernels.fp8_quant import Quantized
 from baleen.kernels.fp8_quant.triton_kernel import column_stride, empty_quantized
 from baleen.kernels.head_values import triton_kernel
@@ -136,10 +136,8 @@ def _values(  # type: ignore[no-untyped-def]
     weight += head * weight_head
     if PDL:
         _ask_for(weight, weight_row)
-        gl.inline_asm_elementwise(
-            "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.u32 $0, 0;",
-            "=r", [], dtype=gl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+    pdl_gluon.wait(PDL)
+    pdl_gluon.let_next_start(PDL)
     rows, following = _rows(weight, weight_row, 0), _rows(weight, weight_row, 1)
     first = token * num_parts * num_heads + head
     attended = _joined(sums + first * DIM, maxima + first, totals + first, num_parts, num_heads, factors, PARTS)

@@ -16,7 +16,7 @@ from baleen.kernels.testing import Case, assert_few_flips
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    names = ("pdl", "fp8_quant.triton_kernel", "head_values.triton_kernel", "head_values.gluon_kernel")
+    names = ("pdl", "pdl_gluon", "fp8_quant.triton_kernel", "head_values.triton_kernel", "head_values.gluon_kernel")
     with monkeypatch.context() as patch:
         yield emulated(patch, *(f"baleen.kernels.{name}" for name in names))
 

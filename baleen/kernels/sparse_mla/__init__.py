@@ -1,4 +1,4 @@
-"""Absorbed MLA over the selected rows of the latent cache. Imports: kernels.{dispatch,kv_store,pdl}."""
+"""Absorbed MLA over the selected rows of the latent cache. Imports: kernels.{dispatch,kv_store,pdl,pdl_gluon}."""
 
 from __future__ import annotations
 

@@ -27,6 +27,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from baleen.kernels import pdl_gluon
+from baleen.kernels.sparse_mla.gluon_rows import dequantize, load_index
+
 HEADS = gl.constexpr(64)
 KEYS = gl.constexpr(64)
 LATENT = gl.constexpr(512)
@@ -72,7 +75,8 @@ def attend(  # type: ignore[no-untyped-def]
     out or, with SPLIT, what is to be added up: sums float32 [T, parts, H, 512] before the division, the largest scores
     and the totals [T, parts, H].
     """
-    _begin(PDL)
+    pdl_gluon.wait(PDL)
+    pdl_gluon.let_next_start(PDL)
     blocks = (num_heads + HEADS - 1) // HEADS
     token = gl.cast(gl.program_id(0) // blocks, gl.int64)
     head = gl.program_id(0) % blocks * HEADS
@@ -110,28 +114,12 @@ def attend(  # type: ignore[no-untyped-def]
     gl.warp_specialize(
         [
             (_left, (query, tiles, left_to_right, barriers, place, result, parts, num_pairs, scale_log2, SPLIT)),
-            (_right, (tiles, left_to_right, barriers, place, result, num_pairs, SPLIT)),
-            (_rows, (values, scales, rope, chosen, begin, end, words, ropes, hidden, barriers, num_pairs, ROW)),
+            (_right, (tiles, left_to_right, barriers, place, result, num_pairs, SPLIT, PDL)),
+            (_rows, (values, scales, rope, chosen, begin, end, words, ropes, hidden, barriers, num_pairs, ROW, PDL)),
         ],
         [4, 4],
         [160, 120],
     )  # fmt: skip
-
-
-@gluon.jit
-def _begin(PDL: gl.constexpr):  # type: ignore[no-untyped-def]
-    if PDL:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
-
-
-@gluon.jit
-def _load_index(chosen, position, end):  # type: ignore[no-untyped-def]
-    return gl.load(chosen + position, mask=position < end, other=-1).to(gl.int32)
 
 
 @gluon.jit
@@ -141,26 +129,28 @@ def _num_pairs(chosen, begin, end):  # type: ignore[no-untyped-def]
     last = begin
     for start in range(begin, end, 1024):
         position = start + offsets
-        index = _load_index(chosen, position, end)
+        index = load_index(chosen, position, end)
         last = gl.maximum(last, gl.max(gl.where(index >= 0, position + 1, begin), axis=0))
     return gl.maximum((last - begin + 2 * KEYS - 1) // (2 * KEYS), 1)
 
 
 @gluon.jit
 def _rows(  # type: ignore[no-untyped-def]
-    values, scales, rope, chosen, begin, end, words, ropes, hidden, barriers, num_pairs, ROW: gl.constexpr
-):
+    values, scales, rope, chosen, begin, end, words, ropes, hidden, barriers, num_pairs,
+    ROW: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    pdl_gluon.wait(PDL)
     written, _, read, _ = barriers
     rows = begin + gl.arange(0, KEYS, layout=PACKED_ROWS)
     line = begin + gl.arange(0, KEYS, layout=LINE)
-    index = _load_index(chosen, rows, end)
-    seen = _load_index(chosen, line, end)
+    index = load_index(chosen, rows, end)
+    seen = load_index(chosen, line, end)
     scale_0, scale_1, scale_2, scale_3 = _load_scales(scales, index, ROW)
     words_0 = _load_block(values, index, 0, ROW)
     words_1 = _load_block(values, index, 1, ROW)
     words_2 = _load_block(values, index, 2, ROW)
     words_3 = _load_block(values, index, 3, ROW)
-    following = _load_index(chosen, rows + KEYS, end)
+    following = load_index(chosen, rows + KEYS, end)
     for tile in range(num_pairs * 2):
         buffer = tile & 1
         mbarrier.wait(read.index(buffer), (tile >> 1) & 1 ^ 1)
@@ -170,17 +160,17 @@ def _rows(  # type: ignore[no-untyped-def]
         async_copy.commit_group()
         hidden.index(buffer).store(gl.where(seen >= 0, 0.0, -float("inf")))
         index = following
-        _dequantize(words_0, scale_0, words, buffer, 0)
+        _write(words_0, scale_0, words, buffer, 0)
         words_0 = _load_block(values, index, 0, ROW)
-        _dequantize(words_1, scale_1, words, buffer, 1)
+        _write(words_1, scale_1, words, buffer, 1)
         words_1 = _load_block(values, index, 1, ROW)
-        _dequantize(words_2, scale_2, words, buffer, 2)
+        _write(words_2, scale_2, words, buffer, 2)
         words_2 = _load_block(values, index, 2, ROW)
-        _dequantize(words_3, scale_3, words, buffer, 3)
+        _write(words_3, scale_3, words, buffer, 3)
         words_3 = _load_block(values, index, 3, ROW)
         scale_0, scale_1, scale_2, scale_3 = _load_scales(scales, index, ROW)
-        following = _load_index(chosen, rows + (tile + 2) * KEYS, end)
-        seen = _load_index(chosen, line + (tile + 1) * KEYS, end)
+        following = load_index(chosen, rows + (tile + 2) * KEYS, end)
+        seen = load_index(chosen, line + (tile + 1) * KEYS, end)
         async_copy.wait_group(0)
         gl.thread_barrier()
         mbarrier.arrive(written.index(buffer), count=1)
@@ -212,32 +202,12 @@ def _as_rows(x):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _dequantize(words, scale, tiles, buffer, BLOCK: gl.constexpr):  # type: ignore[no-untyped-def]
-    """e4m3 codes -> bfloat16 in shared memory. A code's 7 bits, put where bfloat16 has the low bits of its exponent and
-    the high ones of its mantissa, are its value / 2^120, subnormal ones too.
-    """
+def _write(words, scale, tiles, buffer, BLOCK: gl.constexpr):  # type: ignore[no-untyped-def]
+    """A block as bfloat16 into its columns of a tile."""
     factor = gl.inline_asm_elementwise(
         "cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,r", [scale * 1.329227995784916e36], dtype=gl.int32, is_pure=True, pack=1
     )  # 2^120
-    low, high = gl.inline_asm_elementwise(
-        """{
-        .reg .b32 s, t, u;
-        shr.b32 t, $2, 4;
-        and.b32 s, $2, 0x80808080;
-        lop3.b32 t, t, 0x07070707, s, 0xEA;
-        and.b32 u, $2, 0x0F0F0F0F;
-        shl.b32 u, u, 4;
-        prmt.b32 s, u, t, 0x5140;
-        prmt.b32 t, u, t, 0x7362;
-        mul.rn.bf16x2 $0, s, $3;
-        mul.rn.bf16x2 $1, t, $3;
-        }""",
-        "=r,=r,r,r",
-        [words, factor[:, None]],
-        dtype=(gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
-    )
+    low, high = dequantize(words, factor[:, None])
     half = tiles.index(buffer * 2 + BLOCK // 2)
     half.slice(BLOCK % 2 * WORDS * 2, WORDS * 2, dim=1).store(gl.reshape(gl.join(low, high), [KEYS, WORDS * 2]))
 
@@ -326,7 +296,10 @@ def _sum_of_first(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _right(tiles, left_to_right, barriers, place, result, num_pairs, SPLIT: gl.constexpr):  # type: ignore[no-untyped-def]
+def _right(  # type: ignore[no-untyped-def]
+    tiles, left_to_right, barriers, place, result, num_pairs, SPLIT: gl.constexpr, PDL: gl.constexpr
+):
+    pdl_gluon.wait(PDL)
     latents, ropes, _ = tiles
     factors, total = left_to_right
     _, weighted, read, totalled = barriers

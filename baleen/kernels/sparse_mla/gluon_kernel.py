@@ -21,6 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from baleen.kernels import pdl_gluon
+from baleen.kernels.sparse_mla.gluon_rows import dequantize, load_index
+
 HEADS = gl.constexpr(64)
 KEYS = gl.constexpr(64)
 LATENT = gl.constexpr(512)
@@ -89,10 +92,10 @@ def attend(  # type: ignore[no-untyped-def]
     _copy_rows(q + token * q_token + heads.to(gl.int64) * q_head, heads < num_heads, q_latent, q_rope)
     rows = begin + gl.arange(0, KEYS, COPY_ROWS)
     keys = begin + gl.arange(0, KEYS, SCORE_KEYS)
-    index = _load_index(chosen, rows, end)
+    index = load_index(chosen, rows, end)
     _copy_rows(kv + index.to(gl.int64) * ROW, index >= 0, latents.index(0), ropes.index(0))
-    index = _load_index(chosen, rows + KEYS, end)
-    seen = _load_index(chosen, keys, end)
+    index = load_index(chosen, rows + KEYS, end)
+    seen = load_index(chosen, keys, end)
     num_tiles = _num_tiles(chosen, begin, end)
     largest, total, acc = _start()
     _arrived()
@@ -100,7 +103,7 @@ def attend(  # type: ignore[no-untyped-def]
         q_rope = q_rope.load(gl.DotOperandLayout(0, SCORES, 2))
     s = _scores(q_latent, q_rope, latents.index(0), ropes.index(0))
     _copy_rows(kv + index.to(gl.int64) * ROW, index >= 0, latents.index(1), ropes.index(1))
-    index = _load_index(chosen, rows + 2 * KEYS, end)
+    index = load_index(chosen, rows + 2 * KEYS, end)
     s = warpgroup_mma_wait(0, deps=(s,))
     for tile in range(num_tiles - 1):
         buffer = tile % 2
@@ -111,8 +114,8 @@ def attend(  # type: ignore[no-untyped-def]
         acc = warpgroup_mma_wait(2, deps=(pending,))
         gl.thread_barrier()
         _copy_rows(kv + index.to(gl.int64) * ROW, index >= 0, latents.index(buffer), ropes.index(buffer))
-        index = _load_index(chosen, rows + (tile + 3) * KEYS, end)
-        seen = _load_index(chosen, keys + (tile + 1) * KEYS, end)
+        index = load_index(chosen, rows + (tile + 3) * KEYS, end)
+        seen = load_index(chosen, keys + (tile + 1) * KEYS, end)
         s = warpgroup_mma_wait(0, deps=(s,))
     largest, total, acc = _softmax(s, seen, scale_log2, largest, total, acc, weights)
     acc = warpgroup_mma(weights, latents.index((num_tiles - 1) % 2), acc)
@@ -128,7 +131,8 @@ def attend_fp8_tile(  # type: ignore[no-untyped-def]
     """attend over FP8 rows, of which a part has at most 64: ROW bytes apart, values e4m3, as int32 words, 4 scales
     float32, rope bfloat16. Who adds up the parts may start up at once: see kernels/pdl.py.
     """
-    _begin(SPLIT, PDL)
+    pdl_gluon.wait(PDL)
+    pdl_gluon.let_next_start(SPLIT)
     token, head, chosen, begin, end = _share(indices, index_token, num_selected, num_heads, per_part)
     q_latent = gl.allocate_shared_memory(gl.bfloat16, [HEADS, LATENT], TILE)
     q_rope = gl.allocate_shared_memory(gl.bfloat16, [HEADS, ROPE], TILE)
@@ -139,29 +143,17 @@ def attend_fp8_tile(  # type: ignore[no-untyped-def]
 
     heads = head + gl.arange(0, HEADS, COPY_ROWS)
     _copy_rows(q + token * q_token + heads.to(gl.int64) * q_head, heads < num_heads, q_latent, q_rope)
-    index = _load_index(chosen, begin + gl.arange(0, KEYS, PACKED_ROWS), end)
+    index = load_index(chosen, begin + gl.arange(0, KEYS, PACKED_ROWS), end)
     words, scale = _load_packed(values, scales, index, ROW)
     _copy_rope(rope, index, key_rope, ROW)
-    _dequantize(words, scale, pairs)
-    seen = _load_index(chosen, begin + gl.arange(0, KEYS, SCORE_KEYS), end)
+    _write(words, scale, pairs)
+    seen = load_index(chosen, begin + gl.arange(0, KEYS, SCORE_KEYS), end)
     largest, total, acc = _start()
     _arrived()
     s = warpgroup_mma_wait(0, deps=(_scores(q_latent, q_rope, latent, key_rope),))
     largest, total, acc = _softmax(s, seen, scale_log2, largest, total, acc, weights)
     acc = warpgroup_mma(weights, latent, acc)
     _finish(out, sums, maxima, totals, largest, total, acc, token, head, num_heads, out_token, out_head, SPLIT)
-
-
-@gluon.jit
-def _begin(SPLIT: gl.constexpr, PDL: gl.constexpr):  # type: ignore[no-untyped-def]
-    if PDL:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
-    if SPLIT:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
 
 
 @gluon.jit
@@ -180,18 +172,13 @@ def _share(indices, index_token, num_selected, num_heads, per_part):  # type: ig
 
 
 @gluon.jit
-def _load_index(chosen, position, end):  # type: ignore[no-untyped-def]
-    return gl.load(chosen + position, mask=position < end, other=-1).to(gl.int32)
-
-
-@gluon.jit
 def _num_tiles(chosen, begin, end):  # type: ignore[no-untyped-def]
     """Tiles up to the last index that is one; at least 1."""
     offsets = gl.arange(0, 2048, LIST)
     last = begin
     for start in range(begin, end, 2048):
         position = start + offsets
-        index = _load_index(chosen, position, end)
+        index = load_index(chosen, position, end)
         last = gl.maximum(last, gl.max(gl.where(index >= 0, position + 1, begin), axis=0))
     return gl.maximum((last - begin + KEYS - 1) // KEYS, 1)
 
@@ -236,31 +223,11 @@ def _load_packed(values, scales, index, ROW: gl.constexpr):  # type: ignore[no-u
 
 
 @gluon.jit
-def _dequantize(words, scale, tile):  # type: ignore[no-untyped-def]
-    """e4m3 codes -> bfloat16 in shared memory. A code's 7 bits, put where bfloat16 has the low bits of its exponent and
-    the high ones of its mantissa, are its value / 2^120, subnormal ones too.
-    """
+def _write(words, scale, tile):  # type: ignore[no-untyped-def]
+    """What _load_packed gave as bfloat16 into a tile."""
     factor = (scale * 1.329227995784916e36).to(gl.bfloat16).to(gl.int16, bitcast=True).to(gl.int32)  # 2^120
     factor = (factor & 0xFFFF) | (factor << 16)
-    low, high = gl.inline_asm_elementwise(
-        """{
-        .reg .b32 s, t, u;
-        shr.b32 t, $2, 4;
-        and.b32 s, $2, 0x80808080;
-        lop3.b32 t, t, 0x07070707, s, 0xEA;
-        and.b32 u, $2, 0x0F0F0F0F;
-        shl.b32 u, u, 4;
-        prmt.b32 s, u, t, 0x5140;
-        prmt.b32 t, u, t, 0x7362;
-        mul.rn.bf16x2 $0, s, $3;
-        mul.rn.bf16x2 $1, t, $3;
-        }""",
-        "=r,=r,r,r",
-        [words, factor[:, :, None]],
-        dtype=(gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
-    )
+    low, high = dequantize(words, factor[:, :, None])
     tile.store(gl.reshape(gl.join(low, high), [KEYS, LATENT // 2]))
 
 

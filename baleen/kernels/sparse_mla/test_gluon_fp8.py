@@ -18,14 +18,14 @@ from baleen.kernels.sparse_mla.cases import fp8_attention
 from baleen.kernels.sparse_mla.test_gluon_kernel import emulated_assembly
 from baleen.kernels.testing import assert_close
 
-NAME = "baleen.kernels.sparse_mla.gluon_fp8"
+NAMES = ("baleen.kernels.pdl_gluon", "baleen.kernels.sparse_mla.gluon_rows", "baleen.kernels.sparse_mla.gluon_fp8")
 SOURCE = Path(__file__).with_name("gluon_fp8.py").read_text()
 
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     with monkeypatch.context() as patch:
-        yield emulated(patch, NAME, inline_asm=emulated_assembly)
+        yield emulated(patch, *NAMES, inline_asm=emulated_assembly)
 
 
 def _attend(kernel: Any, arguments: tuple[Any, ...], parts: int, per_part: int, split: bool) -> list[Tensor]:
@@ -79,15 +79,19 @@ def test_parts_are_those_of_the_reference(kernel: Any) -> None:
         # another's sum
         ("acc = warpgroup_mma_wait(PRODUCTS, deps=(acc,))", "acc = warpgroup_mma_wait(PRODUCTS + 1, deps=(acc,))"),
         ("latents.index(buffer * 2 + 1)", "latents.index(buffer * 2)"),
-        ("        index = following\n        _dequantize(words_0", "        _dequantize(words_0"),
+        ("        index = following\n        _write(words_0", "        _write(words_0"),
     ],
 )
 def test_the_emulation_notices(kernel: Any, monkeypatch: pytest.MonkeyPatch, correct: str, wrong: str) -> None:
     assert correct in SOURCE
     monkeypatch.setattr("baleen.kernels.gluon_emulation.DEADLOCK_SECONDS", 1.0)
-    vars(kernel)["attend"] = None
-    exec(compile(SOURCE.replace(correct, wrong), NAME, "exec"), vars(kernel))
     arguments = _case(64, 640, "none")
     want = reference.sparse_mla_fp8(*arguments)
-    with pytest.raises((AssertionError, TimeoutError, RuntimeError)):
+
+    def run(source: str) -> None:
+        exec(compile(source, NAMES[-1], "exec"), vars(kernel))
         assert_close(_attend(kernel, arguments, 1, 640, False)[0], want, 2**-7, 0.1)
+
+    run(SOURCE)
+    with pytest.raises((AssertionError, TimeoutError, RuntimeError)):
+        run(SOURCE.replace(correct, wrong))

@@ -365,11 +365,19 @@ def _modules() -> dict[str, ModuleType]:
     }
 
 
-def _emulated(name: str, source: str) -> ModuleType:
-    """A module of Gluon kernels, to be launched as usual."""
-    module = ModuleType(name)
+def _emulated(source: str) -> ModuleType:
+    """The module gluon_kernel with this source, to be launched as usual."""
     with mock.patch.dict(sys.modules, _modules()):
-        exec(compile(source, name, "exec"), vars(module))
+        for name in SHARED:
+            path = Path(__file__).parents[3] / name.replace(".", "/")
+            sys.modules[name] = _executed(name, path.with_suffix(".py").read_text())
+        with mock.patch.object(kernels, "pdl_gluon", sys.modules[SHARED[0]], create=True):
+            return _executed("gluon_kernel", source)
+
+
+def _executed(name: str, source: str) -> ModuleType:
+    module = ModuleType(name)
+    exec(compile(source, name, "exec"), vars(module))
     return module
 
 
@@ -396,14 +404,15 @@ class _FakeTriton(ModuleType):
 
 
 SOURCE = (Path(__file__).parent / "gluon_kernel.py").read_text()
+SHARED = ("baleen.kernels.pdl_gluon", "baleen.kernels.sparse_mla.gluon_rows")
 
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The module hopper, its kernels emulated."""
     folder = "baleen.kernels.sparse_mla"
-    gluon_emulation.emulated(monkeypatch, f"{folder}.gluon_fp8", inline_asm=emulated_assembly)
-    fakes = {f"{folder}.gluon_kernel": _emulated("gluon_kernel", SOURCE), f"{folder}.triton_kernel": _FakeTriton()}
+    gluon_emulation.emulated(monkeypatch, *SHARED, f"{folder}.gluon_fp8", inline_asm=emulated_assembly)
+    fakes = {f"{folder}.gluon_kernel": _emulated(SOURCE), f"{folder}.triton_kernel": _FakeTriton()}
     for name, module in fakes.items():
         monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setattr(sparse_mla, name.split(".")[-1], module, raising=False)
@@ -457,38 +466,31 @@ def test_every_code_of_fp8(hopper: Any) -> None:
     assert torch.equal(got[:, 0].float(), want)
 
 
-@pytest.mark.parametrize(
-    ("correct", "wrong"),
-    [
-        ("fence_async_shared()\n    gl.thread_barrier()\n    return now", "gl.thread_barrier()\n    return now"),
-        ("gl.thread_barrier()\n    return now", "return now"),
-        ("deps=(pending,))\n        gl.thread_barrier()", "deps=(pending,))"),
-        ("warpgroup_mma_wait(2", "warpgroup_mma_wait(3"),
-        ("wait_group(0)\n    fence_async_shared()", "wait_group(0)"),
-        ("_scores(q_latent, q_rope, latents.index(1 - buffer)", "_scores(q_latent, q_rope, latents.index(buffer)"),
-        ("async_copy.wait_group(0)\n    gl.thread_barrier()\n    total", "total"),
-    ],
-)
-def test_the_emulation_notices(hopper: Any, correct: str, wrong: str) -> None:
-    assert correct in SOURCE
-    hopper.gluon_kernel.attend = _emulated("gluon_kernel", SOURCE.replace(correct, wrong)).attend
-    arguments = int32_attention(1, 64, 320, 512, 64, "none", torch.bfloat16, torch.Generator().manual_seed(0))
-    with pytest.raises(AssertionError):
-        hopper.sparse_mla(*arguments)
+FENCE = "fence_async_shared()\n    gl.thread_barrier()\n    return now"
+BF16, FP8 = "attend", "attend_fp8_tile"
 
 
 @pytest.mark.parametrize(
-    ("correct", "wrong"),
+    ("kernel", "correct", "wrong"),
     [
-        ("fence_async_shared()\n    gl.thread_barrier()\n    return now", "gl.thread_barrier()\n    return now"),
-        ("gl.thread_barrier()\n    return now", "return now"),
-        ("wait_group(0)\n    fence_async_shared()", "wait_group(0)"),
-        ("    _dequantize(words, scale, pairs)\n    seen", "    seen"),
+        *((kernel, FENCE, "gl.thread_barrier()\n    return now") for kernel in (BF16, FP8)),
+        *((kernel, FENCE, "fence_async_shared()\n    return now") for kernel in (BF16, FP8)),
+        *((kernel, "wait_group(0)\n    fence_async_shared()", "wait_group(0)") for kernel in (BF16, FP8)),
+        (BF16, "deps=(pending,))\n        gl.thread_barrier()", "deps=(pending,))"),
+        (BF16, "warpgroup_mma_wait(2", "warpgroup_mma_wait(3"),
+        (
+            BF16,
+            "_scores(q_latent, q_rope, latents.index(1 - buffer)",
+            "_scores(q_latent, q_rope, latents.index(buffer)",
+        ),
+        (BF16, "async_copy.wait_group(0)\n    gl.thread_barrier()\n    total", "total"),
+        (FP8, "    _write(words, scale, pairs)\n", ""),
     ],
 )
-def test_the_emulation_notices_in_the_kernel_of_one_tile(hopper: Any, correct: str, wrong: str) -> None:
+def test_the_emulation_notices(hopper: Any, kernel: str, correct: str, wrong: str) -> None:
     assert correct in SOURCE
-    hopper.gluon_kernel.attend_fp8_tile = _emulated("gluon_kernel", SOURCE.replace(correct, wrong)).attend_fp8_tile
-    arguments = fp8_attention(1, 64, 60, 512, 64, "none", torch.bfloat16, torch.Generator().manual_seed(0))
+    setattr(hopper.gluon_kernel, kernel, getattr(_emulated(SOURCE.replace(correct, wrong)), kernel))
+    make, name, rows = {BF16: (int32_attention, "sparse_mla", 320), FP8: (fp8_attention, "sparse_mla_fp8", 60)}[kernel]
+    arguments = make(1, 64, rows, 512, 64, "none", torch.bfloat16, torch.Generator().manual_seed(0))
     with pytest.raises(AssertionError):
-        assert_close(hopper.sparse_mla_fp8(*arguments), reference.sparse_mla_fp8(*arguments), 2**-7, 0.1)
+        assert_close(getattr(hopper, name)(*arguments), getattr(reference, name)(*arguments), 2**-7, 0.1)
